@@ -1,0 +1,124 @@
+"""What all jobs share: preset < file < flags, the resolved configuration in print, one JSON line, the exit code."""
+
+import contextlib
+import json
+import logging
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from difflib import get_close_matches
+from typing import Any, NoReturn, TypeVar
+
+import tyro
+
+from pipelines.config import Invocation, overlay, to_yaml
+from pipelines.errors import ConfigurationError, DataError, TryAgainError
+
+J = TypeVar("J")
+DONE, FAILED, BAD_CONFIGURATION, BAD_DATA, TRY_AGAIN, INTERRUPTED = 0, 1, 2, 3, 75, 130
+EXIT_CODES = "exit codes: 0 done, 1 failed, 2 bad configuration, 3 data or storage unusable, 75 try again, 130 interrupted"
+_CODES = ((ConfigurationError, BAD_CONFIGURATION), (DataError, BAD_DATA), (TryAgainError, TRY_AGAIN))
+
+log = logging.getLogger("brickyard")
+
+
+def parse(cls: type[J], presets: dict[str, tuple[str, J]], argv: list[str]) -> Invocation[J]:
+    """Resolve a command line: a preset's name first if there are any, then a file, then flags.
+
+    Raises:
+        ConfigurationError: for an unknown preset, or for a file that cannot be used.
+        SystemExit: 2 for flags that cannot be used, and 0 after --help.
+    """
+    default: J | None = None
+    if argv and not argv[0].startswith("-"):
+        default, argv = _preset(presets, argv[0]), argv[1:]
+    if file := _flag(argv, "--config"):
+        default = overlay(cls, default, file)
+    lines = [cls.__doc__ or "", "", EXIT_CODES]
+    if presets:
+        lines[1:1] = ["", "presets, to be named first:", *(f"  {name}: {words}" for name, (words, _) in presets.items())]
+    chosen = Invocation[Any](job=default) if default is not None else None
+    return tyro.cli(Invocation[cls], args=argv, default=chosen, description="\n".join(lines))  # type: ignore[valid-type]
+
+
+def _preset(presets: dict[str, tuple[str, J]], name: str) -> J:
+    if name in presets:
+        return presets[name][1]
+    near = get_close_matches(name, presets, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(presets)}" if presets else "this job has none"
+    raise ConfigurationError(f"{name!r} is no preset; {hint}")
+
+
+def _flag(argv: list[str], flag: str) -> str:
+    for i, word in enumerate(argv):
+        if word == flag and i + 1 < len(argv):
+            return argv[i + 1]
+        if word.startswith(f"{flag}="):
+            return word.removeprefix(f"{flag}=")
+    return ""
+
+
+def run(
+    cls: type[J],
+    argv: list[str] | None,
+    work: Callable[[J], dict[str, Any]],
+    plan: Callable[[J], dict[str, Any]],
+    presets: dict[str, tuple[str, J]] | None = None,
+) -> int:
+    """Parse, print the resolved configuration, call one function, print what it did as one JSON line on stdout.
+
+    Args:
+        cls: the job's configuration.
+        argv: the command line; None for that of the process.
+        work: does the job.
+        plan: what --dry-run does instead.
+        presets: named jobs with a line about each.
+
+    Returns:
+        The exit code.
+    """
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    log.setLevel(logging.INFO)
+    outcome: dict[str, Any] = {}
+    try:
+        with _sigterm_as_interrupt():
+            asked = parse(cls, presets or {}, sys.argv[1:] if argv is None else argv)
+            if asked.verbose:
+                log.setLevel(logging.DEBUG)
+            print("# the resolved configuration\n" + to_yaml(asked.job), file=sys.stderr, end="", flush=True)
+            outcome = (plan if asked.dry_run else work)(asked.job)
+            code = DONE
+    except KeyboardInterrupt:
+        log.error("interrupted; run the same command to go on")
+        outcome, code = {"error": "interrupted"}, INTERRUPTED
+    except Exception as error:
+        code, told = _judge(error)
+        outcome = {"error": str(told)}
+        log.error("%s", told, exc_info=error if code == FAILED else None)
+    print(json.dumps({**outcome, "exit_code": code}), flush=True)
+    return code
+
+
+def _judge(error: BaseException) -> tuple[int, BaseException]:
+    """Find what went wrong behind what Ray made of it, and the exit code that belongs to it."""
+    seen: BaseException | None = error
+    while seen is not None:
+        for kind, code in _CODES:
+            if isinstance(seen, kind):
+                return code, getattr(seen, "cause", None) or seen
+        seen = getattr(seen, "cause", None) or seen.__cause__
+    return FAILED, error
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM, as clusters send it, end a job like Ctrl-C."""
+
+    def interrupt(*_: Any) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

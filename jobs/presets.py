@@ -1,0 +1,44 @@
+"""Named runs. Each states its command, what it runs on, how long it takes there and what comes out."""
+
+from models.unet import UNetConfig
+from pipelines.config import DataConfig, DrawConfig, ScalingConfig, TrainJob
+from pipelines.fit import FitConfig
+from pipelines.ingest import IngestConfig
+
+DIGITS = TrainJob(
+    name="digits",
+    data=DataConfig(builtin="digits", ingest=IngestConfig(side=8, channels=1, shard_rows=512)),
+    network=UNetConfig(channels=32, multipliers=(1, 2), blocks=1, attention=(4,)),
+    fit=FitConfig(images=256_000, batch_images=128, micro_images=64),
+    scaling=ScalingConfig(workers=2),
+    evaluate_images=1797,
+    draw=DrawConfig(steps=20),
+)
+"""``jobs/train.py digits``: 1,797 handwritten digits, 8 × 8 pixels, 0.7 M parameters, on 2 CPU cores."""
+
+CIFAR10 = TrainJob(
+    name="cifar10",
+    data=DataConfig(url="s3://bucket/cifar10", ingest=IngestConfig(side=32, channels=3)),
+    network=UNetConfig(channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,), groups=32),
+    fit=FitConfig(
+        images=102_400_000,
+        batch_images=128,
+        micro_images=16,
+        learning_rate=2e-4,
+        warm_up_images=640_000,
+        flip=True,
+        log_images=128_000,
+        checkpoint_images=1_280_000,
+        grid_images=1_280_000,
+    ),
+    scaling=ScalingConfig(workers=8, use_gpu=True),
+    evaluate_images=50_000,
+    draw=DrawConfig(steps=50, use_gpu=True, actors=8, shard_images=1000, batch_images=500),
+)
+"""``jobs/train.py cifar10 --data.url s3://bucket/images``: the network and the length of the DDPM paper, for 8 GPUs.
+Not yet run to its end here: nothing is promised."""
+
+PRESETS: dict[str, tuple[str, TrainJob]] = {
+    "digits": ("1,797 real handwritten digits on a laptop, in minutes", DIGITS),
+    "cifar10": ("the network of the DDPM paper on images of 32 x 32, for 8 GPUs", CIFAR10),
+}

@@ -1,0 +1,48 @@
+"""Joining a Ray cluster, or starting one on this machine."""
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+
+import ray
+from ray.data import DataContext
+
+SPARE_CPUS = 4
+"""Logical CPUs beyond those of the machine that a cluster of its own declares: on a small machine the tasks that read
+must find room beside the workers that train."""
+
+
+@contextlib.contextmanager
+def cluster() -> Iterator[None]:
+    """Run a block on the cluster at RAY_ADDRESS (as ``ray job submit`` sets it), or on one made here for it.
+
+    Where Ray is running in this process already, that is used and left running. Ray's own progress bars and logs are
+    turned down unless our log speaks at DEBUG.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    verbose = logging.getLogger("brickyard").isEnabledFor(logging.DEBUG)
+    level = logging.INFO if verbose else logging.ERROR
+    if not verbose:
+        # What Ray says of its own future at every start; what it says of the present is kept.
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"ray\.")
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level=level, log_to_driver=verbose)
+    else:
+        ray.init(
+            address="local",
+            num_cpus=(os.cpu_count() or 1) + SPARE_CPUS,
+            include_dashboard=False,
+            logging_level=level,
+            log_to_driver=verbose,
+        )
+    try:
+        for name in ("ray", "ray.data", "ray.train"):
+            logging.getLogger(name).setLevel(level)
+        DataContext.get_current().enable_progress_bars = verbose
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,274 @@
+"""What each job is asked to do: the owners' configurations, composed; and the way from a file and back.
+
+Order: preset < ``--config file.yaml`` < flags. The resolved configuration is printed, kept with the run as YAML and
+logged; handing that file back with ``--config`` repeats the run.
+"""
+
+import difflib
+import re
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+import tyro
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from models.samplers import SAMPLERS
+from models.schedule import ScheduleConfig
+from models.unet import UNetConfig
+from pipelines.errors import ConfigurationError, DataError
+from pipelines.fit import FitConfig
+from pipelines.ingest import IngestConfig
+from pipelines.storage import Folder
+
+T = TypeVar("T")
+J = TypeVar("J")
+SamplerName = Literal["greedy", "random", "posterior", "ddim", "dpm-solver"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the images are and how thoroughly they are shuffled."""
+
+    url: str = ""
+    """A data set that jobs/ingest.py made, or a folder of raw images, which is then ingested first."""
+    builtin: Literal["none", "digits"] = "none"
+    """Real images that come with the installation; they are written out as PNG files and used in place of a url."""
+    window_chunks: int = 64
+    """Row groups that are shuffled into each other."""
+    ingest: IngestConfig = field(default_factory=IngestConfig)
+
+    def __post_init__(self) -> None:
+        if self.window_chunks < 1:
+            raise ConfigurationError(f"data.window_chunks is {self.window_chunks}; it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalingConfig:
+    """The workers that train."""
+
+    workers: int = 1
+    """W; the same run comes out for any of them."""
+    use_gpu: bool = False
+    """One GPU for each worker, and NCCL between them; otherwise the CPU and gloo."""
+    cpus_per_worker: float = 0.5
+    """CPUs that Ray sets aside for each worker; leave some for the tasks that read."""
+    threads_per_worker: int = 1
+    """Threads that torch computes with in each worker."""
+    max_failures: int = 3
+    """Crashes of workers that are answered by going on from the last checkpoint, within one run of the command."""
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "threads_per_worker"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"scaling.{name} is {getattr(self, name)}; it must be at least 1")
+        if not self.cpus_per_worker > 0:
+            raise ConfigurationError(f"scaling.cpus_per_worker is {self.cpus_per_worker}; it must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where runs are recorded."""
+
+    uri: str = ""
+    """An MLflow tracking URI, or `none`. Empty: MLFLOW_TRACKING_URI if that is set, else SQLite in the root."""
+    experiment: str = "brickyard"
+    """The MLflow experiment."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawConfig:
+    """How samples are drawn. With the checkpoint and its seed, all that a sample depends on."""
+
+    sampler: SamplerName = "dpm-solver"
+    """The way from noise to a picture. Greedy runs to the mode: look at it, but do not score it."""
+    steps: int = 20
+    """Evaluations of the network for each sample, at most the T of the schedule."""
+    clip: bool = True
+    """Keep the picture that each prediction implies within the range of pixels."""
+    weights: Literal["ema", "last"] = "ema"
+    """The average of the weights along the run, or the last ones."""
+    shard_images: int = 256
+    """Seeds per file."""
+    batch_images: int = 64
+    """Samples that one actor draws at once."""
+    actors: int = 2
+    """Actors that draw side by side, one CPU (or GPU) each."""
+    use_gpu: bool = False
+    """One GPU for each actor."""
+
+    def __post_init__(self) -> None:
+        assert self.sampler in SAMPLERS, self.sampler
+        for name in ("steps", "shard_images", "batch_images", "actors"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"draw.{name} is {getattr(self, name)}; it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """Train ε_θ on images, then draw samples from it and score them."""
+
+    name: str = "run"
+    """The run's name: its folder below the root, and its name in MLflow."""
+    root: str = "~/brickyard"
+    """Folder or URL below which everything is kept: data sets, runs, samples."""
+    seed: int = 0
+    """Everything that the run draws is a function of this and of positions."""
+    data: DataConfig = field(default_factory=DataConfig)
+    network: UNetConfig = field(default_factory=UNetConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    fit: FitConfig = field(default_factory=FitConfig)
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    evaluate_images: int = 0
+    """Samples to draw and to score at the end; 0 for none."""
+    draw: DrawConfig = field(default_factory=DrawConfig)
+    keep_checkpoints: int = 3
+    """Checkpoints that are kept, the newest."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise ConfigurationError(
+                f"name is {self.name!r}; it becomes a folder: letters, digits, '.', '_' and '-', such as digits-2"
+            )
+        if not self.data.url and self.data.builtin == "none":
+            raise ConfigurationError(
+                "data.url is empty: give --data.url s3://bucket/images (or file:/folder), or start from the preset "
+                "`digits`, which brings its own images"
+            )
+        if self.keep_checkpoints < 1:
+            raise ConfigurationError(f"keep_checkpoints is {self.keep_checkpoints}; it must be at least 1")
+        if self.evaluate_images < 0 or self.evaluate_images == 1:
+            raise ConfigurationError(f"evaluate_images is {self.evaluate_images}; it must be 0, or at least 2")
+        self.fit.check_workers(self.scaling.workers)
+        check_steps(self.draw, self.schedule)
+
+    @property
+    def run(self) -> Folder:
+        return Folder(self.root) / "runs" / self.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleJob:
+    """Draw one sample per seed, exactly once, into Parquet shards."""
+
+    out: str
+    """Folder or URL for the samples."""
+    checkpoint: str = ""
+    """A run's folder, for its newest checkpoint, or the folder of one checkpoint."""
+    seeds: str = "0-63"
+    """The seeds, both ends included, such as 0-49999."""
+    draw: DrawConfig = field(default_factory=DrawConfig)
+    verify: bool = False
+    """Draw nothing: prove that the folder holds each of its seeds once, as it was written."""
+
+    def __post_init__(self) -> None:
+        self.seed_range  # noqa: B018  (it checks)
+        if not self.checkpoint and not self.verify:
+            raise ConfigurationError("checkpoint is empty: give --checkpoint FOLDER of a run, or --verify")
+
+    @property
+    def seed_range(self) -> range:
+        match = re.fullmatch(r"(\d+)-(\d+)", self.seeds)
+        if not match or int(match[1]) > int(match[2]):
+            raise ConfigurationError(f"seeds is {self.seeds!r}; it must be FIRST-LAST, such as 0-49999")
+        return range(int(match[1]), int(match[2]) + 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreJob:
+    """Measure the Fréchet distance between a set of samples and a data set."""
+
+    samples: str
+    """The folder of a finished jobs/sample.py."""
+    reference: str = ""
+    """The folder of a data set; empty for the one that the samples' network was trained on."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Invocation(Generic[J]):
+    """A job and how to go about it. The flags of the job carry no prefix."""
+
+    job: Annotated[J, tyro.conf.arg(name="")]
+    config: str = ""
+    """YAML file or URL that is laid over the preset, such as the configuration that a run prints and keeps."""
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Resolve, look at the data and at storage, print the plan; change nothing."""
+    verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Let Ray speak as well."""
+
+
+def check_steps(draw: DrawConfig, schedule: ScheduleConfig) -> None:
+    """Raise ConfigurationError unless the sampler has as many steps to take as it is asked for."""
+    if draw.steps > schedule.T:
+        raise ConfigurationError(f"draw.steps is {draw.steps}; it must be at most schedule.T, which is {schedule.T}")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return a configuration as plain lists, dictionaries and scalars, as it goes into YAML and JSON."""
+    content: dict[str, Any] = TypeAdapter(type(config)).dump_python(config, mode="json")
+    return content
+
+
+def to_yaml(config: Any) -> str:
+    """Return a configuration as YAML."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return {"fit.images": …}: one flat name for every setting."""
+    flat = {}
+    for name, value in content.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def from_dict(cls: type[T], content: Any, where: str) -> T:
+    """Build a configuration from plain content, rejecting what it does not know.
+
+    Raises:
+        ConfigurationError: naming the field, its value and the nearest name that exists.
+    """
+    _reject_unknown(cls, content, where)
+    try:
+        return TypeAdapter(cls).validate_python(content)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(str(part) for part in problem["loc"])
+        value = "" if isinstance(problem["input"], dict) else f" is {problem['input']!r};"
+        raise ConfigurationError(f"{where}: {place}{value} {problem['msg'].removeprefix('Value error, ')}") from error
+
+
+def _reject_unknown(cls: Any, content: Any, where: str, prefix: str = "") -> None:
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"{where}: {prefix or 'the file'} must be a mapping of fields to values")
+    known = {f.name: f.type for f in fields(cls)}
+    for name, value in content.items():
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"it has {', '.join(known)}"
+            raise ConfigurationError(f"{where}: {prefix}{name} is no field; {hint}")
+        if is_dataclass(known[name]):
+            _reject_unknown(known[name], value, where, f"{prefix}{name}.")
+
+
+def overlay(cls: type[T], config: T | None, file: str) -> T:
+    """Return the configuration with what a YAML file says in place of its own; without one, the file's alone.
+
+    Raises:
+        ConfigurationError: if the file cannot be read or says what cannot be.
+    """
+    folder, _, name = file.rpartition("/")
+    try:
+        content = yaml.safe_load(Folder(folder or ".").get(name))
+    except (yaml.YAMLError, DataError) as error:
+        raise ConfigurationError(f"--config {file}: {error}") from error
+    _reject_unknown(cls, content, file)
+    return from_dict(cls, _merged(to_dict(config), content) if config is not None else content, file)
+
+
+def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    return under | {
+        name: _merged(under[name], value) if isinstance(value, dict) else value for name, value in over.items()
+    }

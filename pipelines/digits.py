@@ -1,0 +1,18 @@
+"""The demo's raw images: the 1,797 handwritten digits that come with scikit-learn, as PNG files in label folders."""
+
+import numpy as np
+from sklearn.datasets import load_digits
+
+from pipelines.images import encode
+from pipelines.storage import Folder
+
+
+def write_digits(folder: Folder) -> None:
+    """Write ``<label>/<index>.png`` for each digit, 8 × 8 pixels in grey, unless all are there."""
+    digits = load_digits()
+    names = [f"{label}/{i:04d}.png" for i, label in enumerate(digits.target)]
+    present = {name for name, _ in folder.find()}
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]  # [1797, 8, 8, 1], 17 levels of grey
+    for name, picture in zip(names, pixels, strict=True):
+        if name not in present:
+            folder.put(name, encode(picture, "png"))

@@ -1,0 +1,13 @@
+"""What can go wrong, and the exit code that a job leaves with when it does."""
+
+
+class ConfigurationError(ValueError):
+    """What was asked for cannot be: exit 2. The message names the field, the value, the rule and the way out."""
+
+
+class DataError(Exception):
+    """Data or storage cannot be used as they are: exit 3."""
+
+
+class TryAgainError(Exception):
+    """Something outside failed that may be well later; the same command continues: exit 75 (EX_TEMPFAIL)."""

@@ -1,0 +1,269 @@
+"""THE loop: images in, a trained ε_θ out. It knows neither Ray nor MLflow: batches come from an iterator, and what it
+has to say goes to whoever listens.
+
+Progress is counted in images. Everything drawn here is a function of (seed, position): t, ε and the flip.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from models.ema import EMA, EMAConfig
+from models.noise import normal, words
+from models.objective import reduced_loss
+from models.parallelize import parallelize
+from models.samplers import dpm_solver, sample
+from models.schedule import Schedule
+from models.timesteps import stratified
+from pipelines.errors import ConfigurationError
+
+BANDS = 4
+"""Parts of 1..T, from the almost clean to the almost noise, whose losses are told apart."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """How ε_θ is trained."""
+
+    images: int = 256_000
+    """Length of the run, in images; a multiple of batch_images. Raise it and run again to train on."""
+    batch_images: int = 128
+    """B, the images behind one step of the optimizer, over all workers."""
+    micro_images: int = 64
+    """b, the images that one worker computes at once; B must be a multiple of b times the workers."""
+    learning_rate: float = 2e-3
+    """Of AdamW, after the warm-up."""
+    warm_up_images: int = 10_000
+    """Images over which the learning rate rises from 0."""
+    weight_decay: float = 0.0
+    """Of AdamW."""
+    clip_norm: float = 1.0
+    """Largest norm of the gradient; longer ones are shortened to it."""
+    flip: bool = False
+    """Mirror half of the images, left to right."""
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    log_images: int = 12_800
+    """Images between two reports; a multiple of batch_images."""
+    checkpoint_images: int = 51_200
+    """Images between two checkpoints, a multiple of batch_images: what a crash can cost."""
+    grid_images: int = 51_200
+    """Images between two sample grids; a multiple of batch_images."""
+
+    def __post_init__(self) -> None:
+        for name in ("images", "batch_images", "micro_images", "log_images", "checkpoint_images", "grid_images"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"fit.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("images", "log_images", "checkpoint_images", "grid_images"):
+            value = getattr(self, name)
+            if value % self.batch_images:
+                near = max(round(value / self.batch_images), 1) * self.batch_images
+                raise ConfigurationError(
+                    f"fit.{name} is {value}; it must be a multiple of fit.batch_images, which is {self.batch_images}: "
+                    f"try {near}"
+                )
+        if self.batch_images % self.micro_images:
+            raise ConfigurationError(
+                f"fit.micro_images is {self.micro_images}; it must divide fit.batch_images, which is "
+                f"{self.batch_images}: try {math.gcd(self.batch_images, self.micro_images)}"
+            )
+        for name, low in (("learning_rate", 0.0), ("clip_norm", 0.0)):
+            if not getattr(self, name) > low:
+                raise ConfigurationError(f"fit.{name} is {getattr(self, name)}; it must be positive")
+        for name in ("warm_up_images", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ConfigurationError(f"fit.{name} is {getattr(self, name)}; it must not be negative")
+
+    def check_workers(self, workers: int) -> None:
+        """Raise ConfigurationError unless the workers divide the batch into whole micro-batches."""
+        if self.batch_images % (self.micro_images * workers):
+            fitting = [w for w in range(1, self.batch_images // self.micro_images + 1)
+                       if self.batch_images // self.micro_images % w == 0]  # fmt: skip
+            raise ConfigurationError(
+                f"scaling.workers is {workers}; fit.batch_images = {self.batch_images} is "
+                f"{self.batch_images // self.micro_images} micro-batches of fit.micro_images = {self.micro_images}, "
+                f"which {workers} workers cannot share: take one of {fitting} workers, or other sizes"
+            )
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this worker stands among all."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the sum over all workers. (all ranks)"""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Return every worker's rows, [world * n, …], worker after worker. (all ranks)"""
+        if self.size == 1:
+            return rows
+        parts = [torch.empty_like(rows) for _ in range(self.size)]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+
+@dataclass
+class State:
+    """All that a run is at a position."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: EMA
+    position: int = 0
+    """Images seen."""
+
+
+class Listener(Protocol):
+    """Whoever the loop speaks to."""
+
+    def report(self, metrics: dict[str, float], position: int) -> None:
+        """Take metrics at a position. (rank 0)"""
+
+    def picture(self, pixels: Tensor, position: int) -> None:
+        """Take sample images, float [n, C, H, W] in [-1, 1], at a position. (rank 0)"""
+
+    def checkpoint(self, state: State) -> None:
+        """Commit the state. (all ranks)"""
+
+
+class DivergedError(Exception):
+    """The gradient is not finite; the optimizer has not moved. The message names the positions of the batch."""
+
+
+def new_state(model: nn.Module, config: FitConfig) -> State:
+    """Return the state at position 0 of a model whose first weights are in place."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, foreach=True
+    )
+    return State(model, optimizer, EMA(model, config.ema))
+
+
+def fit(
+    config: FitConfig,
+    state: State,
+    schedule: Schedule,
+    seed: int,
+    batches: Iterator[Any],
+    listener: Listener,
+    world: World | None = None,
+) -> None:
+    """Train ``state`` in place from its position to ``config.images``. (all ranks)
+
+    Args:
+        config: how.
+        state: the model on this worker's device and what goes with it, the same on all ranks.
+        schedule: the whole schedule, of T steps.
+        seed: the seed of the run.
+        batches: this worker's micro-batches (:class:`pipelines.stream.Batch`), from the state's position on.
+        listener: who takes reports, pictures and checkpoints.
+        world: this worker's place; alone if not given.
+
+    Raises:
+        DivergedError: on all ranks at once, when a gradient is not finite.
+    """
+    world = world or World()
+    model, optimizer, T = state.model, state.optimizer, schedule.steps
+    parallel = parallelize(model, "ddp" if world.size > 1 else "single", world.device)
+    accumulation = config.batch_images // (config.micro_images * world.size)
+    sums = torch.zeros(2, BANDS, device=world.device)  # loss and images of each band since the last report
+    since, waited = time.perf_counter(), 0.0
+
+    while state.position < config.images:
+        # The step's learning rate: it rises, then stays.
+        state.position += config.batch_images
+        warm = min(state.position / max(config.warm_up_images, 1), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * warm
+
+        # Forward and backward, one micro-batch at a time; the gradient is the mean over the global batch.
+        for last in (i == accumulation - 1 for i in range(accumulation)):
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - asked
+            position = torch.tensor(batch.position, device=world.device)
+            x_0 = pixels_to_x_0(torch.tensor(batch.image).to(world.device))
+            if config.flip:
+                x_0 = mirrored(x_0, seed, position)
+            t = stratified(seed, position, config.batch_images, T)
+            eps = normal(seed, "eps", position, tuple(x_0.shape[1:])).to(memory_format=torch.channels_last)
+            with nullcontext() if last or world.size == 1 else parallel.no_sync():  # type: ignore[operator]
+                losses = reduced_loss(parallel, x_0, t, eps, schedule)
+                (losses.mean() / accumulation).backward()  # type: ignore[no-untyped-call]
+            band = (t - 1) * BANDS // T
+            sums.index_add_(1, band, torch.stack([losses.detach(), torch.ones_like(losses)]))
+
+        # One step of the optimizer, agreed on by all ranks: after the reduction the gradient is the same on each.
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+        if not math.isfinite(float(norm)):
+            raise DivergedError(
+                f"the gradient of positions {state.position - config.batch_images}..{state.position - 1} is {norm}; "
+                "lower fit.learning_rate or look at those images, then run again from the last checkpoint"
+            )
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        state.ema.update(model, state.position, config.batch_images)
+
+        # Say how it goes.
+        if state.position % config.log_images == 0 or state.position == config.images:
+            loss, images = world.sum(sums).tolist()
+            seconds = time.perf_counter() - since
+            metrics = {
+                "loss": sum(loss) / sum(images),
+                **{f"loss_band_{i + 1}_of_{BANDS}": loss[i] / images[i] for i in range(BANDS) if images[i]},
+                "gradient_norm": float(norm),
+                "learning_rate": optimizer.param_groups[0]["lr"],
+                "images_per_s": sum(images) / seconds,
+                "data_wait_percent": 100 * waited / seconds,
+            }
+            if world.rank == 0:
+                listener.report(metrics, state.position)
+            sums.zero_()
+            since, waited = time.perf_counter(), 0.0
+        if state.position % config.grid_images == 0 or state.position == config.images:
+            grid = draw_grid(state, schedule, x_0.shape[1:], world)
+            if world.rank == 0:
+                listener.picture(grid, state.position)
+        if state.position % config.checkpoint_images == 0 or state.position == config.images:
+            listener.checkpoint(state)
+
+
+def pixels_to_x_0(pixels: Tensor) -> Tensor:
+    """Map uint8 [B, H, W, C] to float32 [B, C, H, W] in [-1, 1]; the memory stays as it lay, channels last."""
+    return (pixels.float() / 127.5 - 1).permute(0, 3, 1, 2)
+
+
+def x_0_to_pixels(x_0: Tensor) -> Tensor:
+    """Map float [B, C, H, W] in [-1, 1] to uint8 [B, H, W, C]."""
+    return ((x_0.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def mirrored(x_0: Tensor, seed: int, position: Tensor) -> Tensor:
+    """Mirror the images whose position says so, about half of them."""
+    mirror = words(seed, "flip", position, step=0, blocks=1)[0] & 1  # [B, 1]
+    return torch.where(mirror[:, :, None, None] == 1, x_0.flip(3), x_0)
+
+
+def draw_grid(state: State, schedule: Schedule, shape: torch.Size, world: World, n: int = 64) -> Tensor:
+    """Draw the samples of seeds 0..n-1 from the average of the weights, shared out over the workers. (all ranks)
+
+    Returns:
+        float [n, C, H, W] in [-1, 1], the same on every rank.
+    """
+    share = -(-n // world.size)
+    seeds = torch.arange(world.rank * share, (world.rank + 1) * share, device=world.device)
+    with state.ema.applied_to(state.model):
+        x_0 = sample(dpm_solver, state.model, schedule, seeds, tuple(shape), steps=20)
+    return world.gather(x_0)[:n]

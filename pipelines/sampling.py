@@ -1,0 +1,291 @@
+"""Seeds → samples, exactly once, as a Ray batch job.
+
+Shard i is a fixed range of seeds under a fixed name, written by one put: a job that is killed and fired again writes
+the shards that are missing and no other, and the pixels of a seed do not depend on which attempt drew it.
+``manifest.json`` and ``_SUCCESS`` come last.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray.data
+import torch
+from ray.data import ActorPoolStrategy, DataContext
+
+from models.samplers import SAMPLERS, sample
+from pipelines.cluster import cluster
+from pipelines.config import DrawConfig, SampleJob
+from pipelines.errors import ConfigurationError, DataError
+from pipelines.fit import pixels_to_x_0, x_0_to_pixels
+from pipelines.images import Pixels, decode, encode
+from pipelines.lineage import Trained, git_revision
+from pipelines.manifest import Manifest
+from pipelines.pictures import contact_sheet, strip
+from pipelines.storage import Folder
+
+MANIFEST, SUCCESS = "manifest.json", "_SUCCESS"
+SHEET, STRIP = "contact-sheet.png", "strip.png"
+SHEET_IMAGES = 100
+
+log = logging.getLogger("brickyard.sampling")
+
+
+@dataclass(frozen=True)
+class SamplePlan:
+    """Which seeds go into which shard, drawn how."""
+
+    trained: Trained
+    out: Folder
+    seeds: range
+    draw: DrawConfig
+    lineage: dict[str, Any]
+
+    @property
+    def shards(self) -> int:
+        return -(-len(self.seeds) // self.draw.shard_images)
+
+    def shard_name(self, shard: int) -> str:
+        return f"part-{shard:06d}.parquet"
+
+    def shard_seeds(self, shard: int) -> range:
+        return self.seeds[shard * self.draw.shard_images : (shard + 1) * self.draw.shard_images]
+
+
+class DrawShard:
+    """The actor: it loads the network once, then draws shard after shard."""
+
+    def __init__(self, plan: SamplePlan) -> None:
+        torch.set_num_threads(1)
+        self.plan = plan
+        self.device = torch.device("cuda" if plan.draw.use_gpu else "cpu")
+        self.network = plan.trained.network(averaged=plan.draw.weights == "ema").to(self.device)
+        self.schedule = plan.trained.schedule()
+
+    def __call__(self, rows: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        for shard in rows["id"].tolist():
+            began = time.perf_counter()
+            seeds = self.plan.shard_seeds(shard)
+            pixels = np.concatenate([self._draw(batch) for batch in _batches(seeds, self.plan.draw.batch_images)])
+            data = self._parquet(seeds, pixels)
+            self.plan.out.put(self.plan.shard_name(shard), data)
+            yield {"shard": [shard], "images": [len(seeds)], "seconds": [time.perf_counter() - began]}
+
+    def _draw(self, seeds: range) -> Pixels:
+        draw, size = self.plan.draw, len(seeds)
+        # Batches are always full: a convolution may round differently in a batch of another size.
+        full = torch.arange(seeds.start, seeds.start + draw.batch_images, device=self.device)
+        shape = self.plan.trained.checkpoint.shape
+        with torch.inference_mode():
+            x_0 = sample(SAMPLERS[draw.sampler], self.network, self.schedule, full, shape, draw.steps, draw.clip)
+        return x_0_to_pixels(x_0)[:size].cpu().numpy()  # type: ignore[no-any-return]
+
+    def _parquet(self, seeds: range, pixels: Pixels) -> bytes:
+        table = pa.table(
+            {
+                "seed": pa.array(seeds, pa.int64()),
+                "label": pa.array([-1] * len(seeds), pa.int32()),
+                "image": pa.array([encode(picture, "png") for picture in pixels], pa.binary()),
+            }
+        ).replace_schema_metadata({"brickyard": json.dumps(self.plan.lineage)})
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression="none")  # PNG is compressed
+        return buffer.getvalue()
+
+
+def _batches(seeds: range, size: int) -> Iterator[range]:
+    return (seeds[start : start + size] for start in range(0, len(seeds), size))
+
+
+def plan_samples(job: SampleJob) -> SamplePlan:
+    """Resolve what a job is to draw, from which checkpoint.
+
+    Raises:
+        DataError: if there is no checkpoint.
+        ConfigurationError: if the sampler does not fit the checkpoint's schedule.
+    """
+    trained = Trained.find(job.checkpoint)
+    checkpoint = trained.checkpoint
+    if job.draw.steps > trained.schedule().steps:
+        raise ConfigurationError(
+            f"draw.steps is {job.draw.steps}; it must be at most the T of the checkpoint, {trained.schedule().steps}"
+        )
+    lineage = {
+        "checkpoint": trained.folder.url,
+        "checkpoint_digest": checkpoint.digest,
+        "position": checkpoint.position,
+        "tracking_uri": checkpoint.tracking_uri,
+        "tracking_run": checkpoint.tracking_run,
+        "data_digest": checkpoint.data_digest,
+        "data_url": checkpoint.data_url,
+        "draw": {name: getattr(job.draw, name) for name in ("sampler", "steps", "clip", "weights", "batch_images")},
+        "git_revision": git_revision(),
+    }
+    return SamplePlan(trained, Folder(job.out), job.seed_range, job.draw, lineage)
+
+
+def draw_samples(plan: SamplePlan) -> dict[str, Any]:
+    """Write every shard that is missing, then the pictures, the manifest and ``_SUCCESS``.
+
+    Returns:
+        What was done: counts, seconds and where it is.
+
+    Raises:
+        ConfigurationError: if the folder holds other samples.
+        DataError: if storage refuses, or a shard does not hold what it must.
+    """
+    out, began = plan.out, time.perf_counter()
+    _claim(plan)
+    present = set(out.names())
+    missing = [shard for shard in range(plan.shards) if plan.shard_name(shard) not in present]
+    drawn = 0
+    if missing:
+        log.info("sample: %d seeds in %d shards, %d to draw", len(plan.seeds), plan.shards, len(missing))
+        with cluster():
+            for row in _draw_missing(plan, missing).iter_rows():
+                drawn += row["images"]
+                log.info("sample: shard %d, %d images in %.1f s", row["shard"], row["images"], row["seconds"])
+    seconds = time.perf_counter() - began
+    if SUCCESS not in present:
+        _finish(plan)
+    return {
+        "samples": out.url,
+        "images": len(plan.seeds),
+        "drawn_now": drawn,
+        "images_per_s": round(drawn / seconds, 1) if drawn else 0.0,
+        "seconds": round(seconds, 1),
+        "contact_sheet": f"{out.url}/{SHEET}",
+        "strip": f"{out.url}/{STRIP}",
+        "lineage": plan.lineage,
+    }
+
+
+def _claim(plan: SamplePlan) -> None:
+    """Write down what the folder is for, before the first shard; refuse one that is for something else."""
+    settings = {**plan.lineage, "seeds": [plan.seeds.start, plan.seeds.stop - 1], "shard_images": plan.draw.shard_images}
+    del settings["git_revision"], settings["checkpoint"]  # the digest says which; a run may have been moved
+    if not plan.out.create("plan.json", json.dumps(settings, indent=1).encode()):
+        earlier = json.loads(plan.out.get("plan.json"))
+        differing = [name for name in settings if settings[name] != earlier.get(name)]
+        if differing:
+            name = differing[0]
+            raise ConfigurationError(
+                f"{plan.out.url} holds other samples: their {name} is {earlier.get(name)}, this job's is "
+                f"{settings[name]}; give another --out, or delete that folder"
+            )
+
+
+def _draw_missing(plan: SamplePlan, missing: list[int]) -> ray.data.Dataset:
+    # An actor that cannot load the network will not do better the next time.
+    DataContext.get_current().max_consecutive_actor_init_deaths = 0
+    actors = min(plan.draw.actors, len(missing))
+    return ray.data.from_items([{"id": shard} for shard in missing], override_num_blocks=len(missing)).map_batches(
+        DrawShard,
+        fn_constructor_args=(plan,),
+        batch_size=1,
+        compute=ActorPoolStrategy(size=actors),
+        num_gpus=1 if plan.draw.use_gpu else 0,
+    )
+
+
+def _finish(plan: SamplePlan) -> None:
+    out = plan.out
+    files = [_read_shard(plan, shard) for shard in range(plan.shards)]
+    first = read_samples(out, [plan.shard_name(0)], plan.trained.checkpoint.shape)[:SHEET_IMAGES]
+    out.put(SHEET, encode(contact_sheet(first), "png"))
+    out.put(STRIP, encode(draw_strip(plan), "png"))
+    about = {
+        "seeds": [plan.seeds.start, plan.seeds.stop - 1],
+        "shape": list(plan.trained.checkpoint.shape),
+        "lineage": plan.lineage,
+        "files": files,
+    }
+    out.put(MANIFEST, json.dumps(about, indent=1).encode())
+    out.put(SUCCESS, b"")
+
+
+def _read_shard(plan: SamplePlan, shard: int) -> dict[str, Any]:
+    """Read a shard back: its seeds are the ones that are due, and its digest goes into the manifest."""
+    name = plan.shard_name(shard)
+    data = plan.out.get(name)
+    try:
+        seeds = pq.read_table(io.BytesIO(data), columns=["seed"])["seed"].to_pylist()
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{plan.out.url}/{name} is damaged: {error}; delete it and run again") from error
+    if seeds != list(plan.shard_seeds(shard)):
+        raise DataError(f"{plan.out.url}/{name} does not hold the seeds that it must; delete it and run again")
+    return {"name": name, "images": len(seeds), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def read_samples(folder: Folder, names: list[str], shape: tuple[int, int, int]) -> Pixels:
+    """Read the pictures of sample shards; ``shape`` is [C, H, W] and the result uint8 [n, H, W, C]."""
+    channels, height, width = shape
+    images = [
+        image
+        for name in names
+        for image in pq.read_table(io.BytesIO(folder.get(name)), columns=["image"])["image"].to_pylist()
+    ]
+    return decode(images, "png", (height, width, channels))
+
+
+def draw_strip(plan: SamplePlan) -> Pixels:
+    """Draw the strip of the first image of the training data torn down, and of the first seed built up."""
+    trained, draw = plan.trained, plan.draw
+    folder = Folder(trained.checkpoint.data_url)
+    pixels, _ = Manifest.load(folder).read(folder, np.array([0]))
+    x_0 = pixels_to_x_0(torch.tensor(pixels))
+    network = trained.network(averaged=draw.weights == "ema")
+    return strip(x_0, network, trained.schedule(), SAMPLERS[draw.sampler], draw.steps, plan.seeds.start)
+
+
+def verify(folder: Folder) -> dict[str, Any]:
+    """Prove that a finished folder holds each of its seeds once, as written, and that every picture decodes.
+
+    Raises:
+        DataError: at the first thing that is not as it must be.
+    """
+    if not folder.exists(SUCCESS):
+        raise DataError(f"{folder.url} is not finished: it has no {SUCCESS}; run the sampling job again")
+    about = json.loads(folder.get(MANIFEST))
+    seeds: list[int] = []
+    for file in about["files"]:
+        data = folder.get(file["name"])
+        if hashlib.sha256(data).hexdigest() != file["sha256"]:
+            raise DataError(f"{folder.url}/{file['name']} is not what was written: its sha256 differs")
+        table = pq.read_table(io.BytesIO(data), columns=["seed", "image"])
+        channels, height, width = about["shape"]
+        decode(table["image"].to_pylist(), "png", (height, width, channels))
+        seeds += table["seed"].to_pylist()
+    first, last = about["seeds"]
+    if seeds != list(range(first, last + 1)):
+        raise DataError(f"{folder.url} does not hold each seed of {first}-{last} once")
+    return {"samples": folder.url, "verified": len(seeds)}
+
+
+def sample_job(job: SampleJob) -> dict[str, Any]:
+    """Do what the job says: draw, or verify."""
+    return verify(Folder(job.out)) if job.verify else draw_samples(plan_samples(job))
+
+
+def dry_run(job: SampleJob) -> dict[str, Any]:
+    """Return what the job would do, having verified the checkpoint and changed nothing."""
+    plan = plan_samples(job)
+    present = set(plan.out.names())
+    missing = [shard for shard in range(plan.shards) if plan.shard_name(shard) not in present]
+    return {
+        "dry_run": True,
+        "images": len(plan.seeds),
+        "shards": plan.shards,
+        "shards_to_draw": len(missing),
+        "network_evaluations": sum(len(plan.shard_seeds(shard)) for shard in missing) * plan.draw.steps,
+        "samples": plan.out.url,
+        "lineage": plan.lineage,
+    }
