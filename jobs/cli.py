@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -11,12 +12,15 @@ from typing import Any, NoReturn, TypeVar
 
 import tyro
 
-from pipelines.config import Invocation, overlay, to_yaml
+from pipelines.config import overlay, to_yaml
 from pipelines.errors import ConfigurationError, DataError, TryAgainError
+from pipelines.invocation import Invocation
 
 J = TypeVar("J")
 DONE, FAILED, BAD_CONFIGURATION, BAD_DATA, TRY_AGAIN, INTERRUPTED = 0, 1, 2, 3, 75, 130
-EXIT_CODES = "exit codes: 0 done, 1 failed, 2 bad configuration, 3 data or storage unusable, 75 try again, 130 interrupted"
+EXIT_CODES = (
+    "exit codes: 0 done, 1 failed, 2 bad configuration, 3 data or storage unusable, 75 try again, 130 interrupted"
+)
 _CODES = ((ConfigurationError, BAD_CONFIGURATION), (DataError, BAD_DATA), (TryAgainError, TRY_AGAIN))
 
 log = logging.getLogger("brickyard")
@@ -36,16 +40,27 @@ def parse(cls: type[J], presets: dict[str, tuple[str, J]], argv: list[str]) -> I
         default = overlay(cls, default, file)
     lines = [cls.__doc__ or "", "", EXIT_CODES]
     if presets:
-        lines[1:1] = ["", "presets, to be named first:", *(f"  {name}: {words}" for name, (words, _) in presets.items())]
-    chosen = Invocation[Any](job=default) if default is not None else None
-    return tyro.cli(Invocation[cls], args=argv, default=chosen, description="\n".join(lines))  # type: ignore[valid-type]
+        lines[1:1] = [
+            "",
+            "presets, to be named first:",
+            *(f"  {name}: {words}" for name, (words, _) in presets.items()),
+        ]
+    # The type is known at run time only, and a default replaces what it must have.
+    return tyro.cli(
+        Invocation[cls],  # type: ignore[valid-type]
+        args=argv,
+        default=None if default is None else Invocation[Any](job=default),  # type: ignore[arg-type]
+        description="\n".join(lines),
+    )
 
 
 def _preset(presets: dict[str, tuple[str, J]], name: str) -> J:
     if name in presets:
         return presets[name][1]
     near = get_close_matches(name, presets, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(presets)}" if presets else "this job has none"
+    hint = (
+        f"did you mean {near[0]!r}?" if near else f"there are {', '.join(presets)}" if presets else "this job has none"
+    )
     raise ConfigurationError(f"{name!r} is no preset; {hint}")
 
 
@@ -81,7 +96,7 @@ def run(
     log.setLevel(logging.INFO)
     outcome: dict[str, Any] = {}
     try:
-        with _sigterm_as_interrupt():
+        with _sigterm_as_interrupt(), _stdout_as_stderr():
             asked = parse(cls, presets or {}, sys.argv[1:] if argv is None else argv)
             if asked.verbose:
                 log.setLevel(logging.DEBUG)
@@ -122,3 +137,17 @@ def _sigterm_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _stdout_as_stderr() -> Iterator[None]:
+    """Send what anyone prints, in this process or below it, to stderr: stdout is for the one line at the end."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(stdout, 1)
+        os.close(stdout)

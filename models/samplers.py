@@ -26,7 +26,7 @@ Sampler: TypeAlias = Callable[[EpsTheta, Tensor, Schedule, Noise], Iterator[Tens
 
 
 def greedy(eps_theta: EpsTheta, x_T: Tensor, schedule: Schedule, noise: Noise) -> Iterator[Tensor]:
-    """σ_t = 0: the most probable step every time. It runs to the mode: samples lose their variety, so never score it."""
+    """σ_t = 0: the most probable step every time. It runs to the mode, so samples are all alike: never score it."""
     return _ancestral(eps_theta, x_T, schedule, noise, sigma=torch.zeros_like(schedule.beta))
 
 

@@ -16,7 +16,7 @@ def stratified(seed: int, position: Tensor, batch_images: int, T: int) -> Tensor
     uniform = words(seed, "t", position, step=0, blocks=1)[0][:, 0]  # [B], 32 bits
     batch, slot = position // batch_images, position % batch_images
     stratum = torch.empty_like(slot)
-    for s in batch.unique():
+    for s in torch.unique(batch):
         here = batch == s
         stratum[here] = _strata(seed, s.view(1), batch_images)[slot[here]]
     fraction = ((stratum << 32) + uniform) // batch_images  # of 2**32: where in 0..T the stratum and the draw lie
@@ -24,6 +24,6 @@ def stratified(seed: int, position: Tensor, batch_images: int, T: int) -> Tensor
 
 
 def _strata(seed: int, batch: Tensor, batch_images: int) -> Tensor:
-    """Return the stratum of each slot of a global batch (int64 [1]): the order of random words, int64 [batch_images]."""
+    """Return the stratum of each slot of a global batch (int64 [1]): the order of random words, int64 [B]."""
     drawn = words(seed, "strata", batch, step=0, blocks=-(-batch_images // 4))  # four of [1, blocks]
     return torch.stack(drawn, dim=-1).flatten()[:batch_images].argsort(stable=True)

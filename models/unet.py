@@ -27,7 +27,9 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         if not self.multipliers or min(self.multipliers) < 1:
-            raise ValueError(f"network.multipliers is {self.multipliers}; it needs at least one positive number: try (1, 2)")
+            raise ValueError(
+                f"network.multipliers is {self.multipliers}; it needs at least one positive number: try (1, 2)"
+            )
         if self.blocks < 1:
             raise ValueError(f"network.blocks is {self.blocks}; it must be at least 1")
         if self.channels < 2 or self.channels % 2:
@@ -127,9 +129,7 @@ class UNet(nn.Module):
         config.check_side(side)
         self.config = config
         width, time_size = config.channels, 4 * config.channels
-        self.time = nn.Sequential(
-            nn.Linear(width, time_size), nn.SiLU(), nn.Linear(time_size, time_size), nn.SiLU()
-        )
+        self.time = nn.Sequential(nn.Linear(width, time_size), nn.SiLU(), nn.Linear(time_size, time_size), nn.SiLU())
         self.conv_in = nn.Conv2d(image_channels, width, 3, padding=1)
 
         widths, skips = [width * m for m in config.multipliers], [width]

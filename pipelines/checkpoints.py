@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -77,7 +78,8 @@ def commit(run: Folder, state: State, about: Checkpoint, world: World) -> Checkp
     """
     folder = run / folder_name(state.position)
     with tempfile.TemporaryDirectory(prefix="brickyard-") as local:
-        dcp.save(_tensors(state), checkpoint_id=local, no_dist=world.size == 1)
+        with _alone_is_fine():
+            dcp.save(_tensors(state), checkpoint_id=local, no_dist=world.size == 1)
         mine = {path.name: _upload(folder, path) for path in sorted(Path(local).iterdir())}
     parts: list[Any] = [mine]
     if world.size > 1:
@@ -137,7 +139,7 @@ def load(folder: Folder, checkpoint: Checkpoint, state: State, world: World) -> 
         DataError: if a file is missing or is not what was committed.
     """
     tensors = _tensors(state)
-    with _verified(folder, checkpoint) as local:
+    with _verified(folder, checkpoint) as local, _alone_is_fine():
         dcp.load(tensors, checkpoint_id=str(local), no_dist=world.size == 1)
     state.model.load_state_dict(tensors["model"])
     optimizer = _optimizer_state(state)
@@ -156,7 +158,7 @@ def load_weights(folder: Folder, checkpoint: Checkpoint, model: torch.nn.Module,
         DataError: if a file is missing or is not what was committed.
     """
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    with _verified(folder, checkpoint) as local:
+    with _verified(folder, checkpoint) as local, _alone_is_fine():
         dcp.load({"ema" if averaged else "model": weights}, checkpoint_id=str(local), no_dist=True)
 
 
@@ -191,3 +193,11 @@ def _verified(folder: Folder, checkpoint: Checkpoint) -> Iterator[Path]:
             if found != sha256:
                 raise DataError(f"{folder.url}/{name} has sha256 {found[:16]}…, {sha256[:16]}… was committed")
         yield Path(local)
+
+
+@contextmanager
+def _alone_is_fine() -> Iterator[None]:
+    """Keep torch from warning that a single process saves and loads alone, as it was told to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield

@@ -7,9 +7,8 @@ logged; handing that file back with ``--config`` repeats the run.
 import difflib
 import re
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-import tyro
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
@@ -22,7 +21,6 @@ from pipelines.ingest import IngestConfig
 from pipelines.storage import Folder
 
 T = TypeVar("T")
-J = TypeVar("J")
 SamplerName = Literal["greedy", "random", "posterior", "ddim", "dpm-solver"]
 
 
@@ -186,19 +184,6 @@ class ScoreJob:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Invocation(Generic[J]):
-    """A job and how to go about it. The flags of the job carry no prefix."""
-
-    job: Annotated[J, tyro.conf.arg(name="")]
-    config: str = ""
-    """YAML file or URL that is laid over the preset, such as the configuration that a run prints and keeps."""
-    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Resolve, look at the data and at storage, print the plan; change nothing."""
-    verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Let Ray speak as well."""
-
-
 def check_steps(draw: DrawConfig, schedule: ScheduleConfig) -> None:
     """Raise ConfigurationError unless the sampler has as many steps to take as it is asked for."""
     if draw.steps > schedule.T:
@@ -218,7 +203,7 @@ def to_yaml(config: Any) -> str:
 
 def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return {"fit.images": …}: one flat name for every setting."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in content.items():
         flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat

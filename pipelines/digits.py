@@ -1,7 +1,6 @@
 """The demo's raw images: the 1,797 handwritten digits that come with scikit-learn, as PNG files in label folders."""
 
 import numpy as np
-from sklearn.datasets import load_digits
 
 from pipelines.images import encode
 from pipelines.storage import Folder
@@ -9,6 +8,8 @@ from pipelines.storage import Folder
 
 def write_digits(folder: Folder) -> None:
     """Write ``<label>/<index>.png`` for each digit, 8 × 8 pixels in grey, unless all are there."""
+    from sklearn.datasets import load_digits  # seconds to import, and no worker needs it
+
     digits = load_digits()
     names = [f"{label}/{i:04d}.png" for i, label in enumerate(digits.target)]
     present = {name for name, _ in folder.find()}

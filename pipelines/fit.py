@@ -68,6 +68,12 @@ class FitConfig:
                     f"fit.{name} is {value}; it must be a multiple of fit.batch_images, which is {self.batch_images}: "
                     f"try {near}"
                 )
+        if self.checkpoint_images % self.log_images:
+            near = max(round(self.checkpoint_images / self.log_images), 1) * self.log_images
+            raise ConfigurationError(
+                f"fit.checkpoint_images is {self.checkpoint_images}; it must be a multiple of fit.log_images, which is "
+                f"{self.log_images}, so that the reports are the same after a resume: try {near}"
+            )
         if self.batch_images % self.micro_images:
             raise ConfigurationError(
                 f"fit.micro_images is {self.micro_images}; it must divide fit.batch_images, which is "
@@ -178,7 +184,8 @@ def fit(
     model, optimizer, T = state.model, state.optimizer, schedule.steps
     parallel = parallelize(model, "ddp" if world.size > 1 else "single", world.device)
     accumulation = config.batch_images // (config.micro_images * world.size)
-    sums = torch.zeros(2, BANDS, device=world.device)  # loss and images of each band since the last report
+    dtype = next(model.parameters()).dtype
+    sums = torch.zeros(2, BANDS, dtype=dtype, device=world.device)  # loss and images of each band since the last report
     since, waited = time.perf_counter(), 0.0
 
     while state.position < config.images:
@@ -194,11 +201,11 @@ def fit(
             batch = next(batches)
             waited += time.perf_counter() - asked
             position = torch.tensor(batch.position, device=world.device)
-            x_0 = pixels_to_x_0(torch.tensor(batch.image).to(world.device))
+            x_0 = pixels_to_x_0(torch.tensor(batch.image).to(world.device)).to(dtype)
             if config.flip:
                 x_0 = mirrored(x_0, seed, position)
             t = stratified(seed, position, config.batch_images, T)
-            eps = normal(seed, "eps", position, tuple(x_0.shape[1:])).to(memory_format=torch.channels_last)
+            eps = normal(seed, "eps", position, tuple(x_0.shape[1:])).to(dtype, memory_format=torch.channels_last)
             with nullcontext() if last or world.size == 1 else parallel.no_sync():  # type: ignore[operator]
                 losses = reduced_loss(parallel, x_0, t, eps, schedule)
                 (losses.mean() / accumulation).backward()  # type: ignore[no-untyped-call]
@@ -264,6 +271,11 @@ def draw_grid(state: State, schedule: Schedule, shape: torch.Size, world: World,
     """
     share = -(-n // world.size)
     seeds = torch.arange(world.rank * share, (world.rank + 1) * share, device=world.device)
+    dtype = next(state.model.parameters()).dtype
+
+    def eps_theta(x_t: Tensor, t: Tensor) -> Tensor:
+        return state.model(x_t.to(dtype), t).to(x_t.dtype)  # type: ignore[no-any-return]
+
     with state.ema.applied_to(state.model):
-        x_0 = sample(dpm_solver, state.model, schedule, seeds, tuple(shape), steps=20)
+        x_0 = sample(dpm_solver, eps_theta, schedule, seeds, tuple(shape), steps=20)
     return world.gather(x_0)[:n]

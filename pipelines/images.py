@@ -73,12 +73,21 @@ def decode(data: list[bytes], encoding: Encoding, shape: tuple[int, int, int]) -
     return pixels
 
 
-def grid(pixels: Pixels, columns: int, scale: int = 1, gap: int = 1) -> Pixels:
-    """Lay n pictures [n, H, W, C] out in rows of ``columns``, each pixel ``scale`` × ``scale``, white lines between."""
-    n, height, width, channels = pixels.shape
+def grid(pixels: Pixels, columns: int, scale: int = 1, gap: int = 4) -> Pixels:
+    """Lay n pictures [n, H, W, C] out in rows of ``columns``, each enlarged ``scale`` times, white between them."""
+    larger = np.stack([_enlarged(picture, scale) for picture in pixels])
+    n, height, width, channels = larger.shape
     rows = -(-n // columns)
     sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 255, np.uint8)
-    for i, picture in enumerate(pixels):
+    for i, picture in enumerate(larger):
         top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
         sheet[top : top + height, left : left + width] = picture
-    return sheet.repeat(scale, 0).repeat(scale, 1)
+    return sheet
+
+
+def _enlarged(picture: Pixels, scale: int) -> Pixels:
+    """Enlarge smoothly: an eye reads a digit of 8 × 8 pixels in its shades, not in its squares."""
+    height, width, channels = picture.shape
+    size = (width * scale, height * scale)
+    layers = [Image.fromarray(picture[..., c]).resize(size, Image.Resampling.BICUBIC) for c in range(channels)]
+    return np.stack([np.asarray(layer) for layer in layers], axis=-1)

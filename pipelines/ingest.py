@@ -164,7 +164,11 @@ class WriteShard:
 def _write(out: Folder, name: str, rows: list[tuple[bytes, int, str]], config: IngestConfig) -> Shard:
     images, labels, paths = zip(*rows, strict=True) if rows else ((), (), ())
     table = pa.table(
-        {"image": pa.array(images, pa.binary()), "label": pa.array(labels, pa.int32()), "path": pa.array(paths, pa.string())}
+        {
+            "image": pa.array(images, pa.binary()),
+            "label": pa.array(labels, pa.int32()),
+            "path": pa.array(paths, pa.string()),
+        }
     )
     buffer = io.BytesIO()
     pq.write_table(table, buffer, row_group_size=config.row_group_rows, compression="zstd")
@@ -185,8 +189,8 @@ def ingest(plan: IngestPlan) -> Manifest:
         earlier = json.loads(out.get(PLAN))
         if earlier["digest"] != plan.digest:
             raise ConfigurationError(
-                f"{out.url} holds an ingest of {earlier['source']} as it was, with the configuration of then; the files "
-                "or the ingest.* fields differ now: give another folder, or delete that one"
+                f"{out.url} holds an ingest of {earlier['source']} as it was, with the configuration of then; the "
+                "files or the ingest.* fields differ now: give another folder, or delete that one"
             )
     if out.exists(NAME):
         log.info("ingest: %s is complete; nothing to do", out.url)

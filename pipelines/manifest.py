@@ -22,7 +22,7 @@ NAME = "manifest.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One Parquet file, with columns ``image`` (bytes), ``label`` (int32, an index, or -1) and ``path`` (its source)."""
+    """One Parquet file, with columns ``image`` (bytes), ``label`` (int32, an index or -1) and ``path``."""
 
     name: str
     rows: int

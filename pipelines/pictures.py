@@ -1,7 +1,5 @@
 """The pictures that a run shows: contact sheets, and the strip of a picture torn down and one built up."""
 
-from itertools import chain
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -30,8 +28,9 @@ def strip(x_0: Tensor, eps_theta: EpsTheta, schedule: Schedule, sampler: Sampler
     The lower row is in the order of the building, so the two read as a round trip: down along the first, and back
     along the second.
     """
-    times = np.linspace(0, schedule.steps, PIECES).round().astype(int)
-    t = torch.tensor(times)
+    # Most of what an eye can follow happens near the picture: the steps get longer with the square.
+    way_along = np.linspace(0, 1, PIECES) ** 2
+    t = torch.tensor((way_along * schedule.steps).round().astype(int))
     # One ε for all of the row: the same bricks, more and more of them.
     eps = normal(0, "strip", torch.zeros(1, dtype=torch.long), tuple(x_0.shape[1:])).expand(PIECES, -1, -1, -1)
     torn_down = demolish(x_0.expand(PIECES, -1, -1, -1), t, eps, schedule)
@@ -40,6 +39,6 @@ def strip(x_0: Tensor, eps_theta: EpsTheta, schedule: Schedule, sampler: Sampler
     x_T, noise = sample_noise(torch.tensor([seed]), tuple(x_0.shape[1:]))
     with torch.no_grad():
         way = list(sampler(clip_x_0(eps_theta, schedule), x_T, respaced, noise))
-    built_up = torch.cat([way[i] for i in np.linspace(0, len(way) - 1, PIECES).round().astype(int)])
-    rows = np.stack([x_0_to_pixels(x).numpy() for x in chain(torn_down.split(1), built_up.split(1))])[:, 0]
+    built_up = torch.cat([way[i] for i in ((1 - way_along[::-1]) * (len(way) - 1)).round().astype(int)])
+    rows = x_0_to_pixels(torch.cat([torn_down, built_up])).numpy()
     return grid(rows, PIECES, scale=max(1, 1024 // (PIECES * rows.shape[2])))

@@ -86,7 +86,7 @@ class DrawShard:
         shape = self.plan.trained.checkpoint.shape
         with torch.inference_mode():
             x_0 = sample(SAMPLERS[draw.sampler], self.network, self.schedule, full, shape, draw.steps, draw.clip)
-        return x_0_to_pixels(x_0)[:size].cpu().numpy()  # type: ignore[no-any-return]
+        return x_0_to_pixels(x_0)[:size].cpu().numpy()
 
     def _parquet(self, seeds: range, pixels: Pixels) -> bytes:
         table = pa.table(
@@ -170,7 +170,11 @@ def draw_samples(plan: SamplePlan) -> dict[str, Any]:
 
 def _claim(plan: SamplePlan) -> None:
     """Write down what the folder is for, before the first shard; refuse one that is for something else."""
-    settings = {**plan.lineage, "seeds": [plan.seeds.start, plan.seeds.stop - 1], "shard_images": plan.draw.shard_images}
+    settings = {
+        **plan.lineage,
+        "seeds": [plan.seeds.start, plan.seeds.stop - 1],
+        "shard_images": plan.draw.shard_images,
+    }
     del settings["git_revision"], settings["checkpoint"]  # the digest says which; a run may have been moved
     if not plan.out.create("plan.json", json.dumps(settings, indent=1).encode()):
         earlier = json.loads(plan.out.get("plan.json"))

@@ -57,7 +57,7 @@ class Moments:
     def covariance(self) -> NDArray[np.float64]:
         """The unbiased covariance [D, D]; n must be at least 2."""
         centred = self.outer - self.n * np.outer(self.mean, self.mean)
-        return centred / (self.n - 1)  # type: ignore[no-any-return]
+        return centred / (self.n - 1)
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
@@ -95,7 +95,7 @@ class ReadShardMoments:
 
 
 def moments_of(read: Callable[[int], Pixels], shards: int) -> Moments:
-    """Reduce shards 0..shards-1, read by ``read``, to the moments of their pictures; memory holds one D × D at a time."""
+    """Reduce shards 0..shards-1, read by ``read``, to the moments of their pictures; memory holds two D × D."""
     rows = ray.data.range(shards, override_num_blocks=shards).map(ReadShardMoments(read)).iter_rows()
     parts = (Moments(int(row["n"]), row["sum"], row["outer"]) for row in rows)
     total = next(parts)
@@ -160,7 +160,7 @@ class Comparison:
             )
         if channels * height * width > MAX_FEATURES:
             raise DataError(
-                f"pixels serve as features up to {MAX_FEATURES} of them; these pictures have {channels * height * width}"
+                f"pixels serve as features up to {MAX_FEATURES} of them; these have {channels * height * width}"
             )
         return Comparison(samples, about, reference, manifest)
 

@@ -129,7 +129,7 @@ class Folder:
         with _told(f"{self.url}/{name}"):
             if self.is_local:
                 with _complete_file(self.path(name), data) as written:
-                    os.replace(written, self.path(name))
+                    os.replace(written, self.path(name))  # noqa: PTH105
             else:
                 self.filesystem.pipe_file(self.path(name), data)
 

@@ -9,6 +9,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit, urlunsplit
 
@@ -57,11 +58,11 @@ class NoTracker:
     run_id = ""
     url = ""
 
-    def metrics(self, values: dict[str, float], position: int) -> None: ...  # noqa: D102
-    def picture(self, pixels: Pixels, key: str, position: int) -> None: ...  # noqa: D102
-    def file(self, name: str, data: bytes) -> None: ...  # noqa: D102
-    def tags(self, values: dict[str, str]) -> None: ...  # noqa: D102
-    def finish(self, status: Status) -> None: ...  # noqa: D102
+    def metrics(self, values: dict[str, float], position: int) -> None: ...
+    def picture(self, pixels: Pixels, key: str, position: int) -> None: ...
+    def file(self, name: str, data: bytes) -> None: ...
+    def tags(self, values: dict[str, str]) -> None: ...
+    def finish(self, status: Status) -> None: ...
 
 
 def resolve_uri(config: TrackingConfig, root: Folder) -> str:
@@ -99,7 +100,7 @@ def open_tracker(
 
 
 def record_score(uri: str, run_id: str, name: str, value: float, position: int) -> bool:
-    """Write one score to a run that has ended. Return whether it was taken; a tracker that fails is said, not raised."""
+    """Write one score to a run that has ended. Return whether it was taken; a failing tracker is said, not raised."""
     if uri in ("", "none") or not run_id:
         return False
     _be_brief()
@@ -122,6 +123,8 @@ def without_password(uri: str) -> str:
 def _be_brief() -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", ATTEMPTS)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", TIMEOUT_S)
+    import mlflow  # noqa: F401  (it sets the level of its own log)
+
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
@@ -164,7 +167,7 @@ class _MLflowTracker:
         known = same[0].data.params if same else {}
         for name, value in parameters.items():
             if name not in known:  # a parameter that may change between starts keeps its first value
-                self._try(lambda n=name, v=str(value): self._client.log_param(self.run_id, n, v[:MAX_PARAM_CHARS]))
+                self._try(partial(self._client.log_param, self.run_id, name, str(value)[:MAX_PARAM_CHARS]))
         self.tags(tags)
 
     def metrics(self, values: dict[str, float], position: int) -> None:
@@ -200,7 +203,7 @@ class _MLflowTracker:
 
     def tags(self, values: dict[str, str]) -> None:
         for name, value in values.items():
-            self._try(lambda n=name, v=value: self._client.set_tag(self.run_id, n, v))
+            self._try(partial(self._client.set_tag, self.run_id, name, value))
 
     def finish(self, status: Status) -> None:
         self._try(lambda: self._client.set_terminated(self.run_id, status))

@@ -1,170 +1,35 @@
-"""Ray Train binds itself to the loop: data → workers → checkpoints → record, samples and score at the end.
+"""A training job from its beginning to its end: data → workers → checkpoints → samples → score, and the record of it.
 
-Who does what. The *driver* prepares the data, claims the run's folder and alone speaks to MLflow. The *controller* of
-Ray Train opens the stream, anew at each start of the workers, at the position of the newest valid checkpoint. The
-*workers* load that checkpoint and run :func:`pipelines.fit.fit`; what rank 0 has to say travels through a bounded
-queue to the driver, so no tracker can hold a worker up.
+All of this runs in the driver; what the workers do is in :mod:`pipelines.workers`.
 """
 
-import functools
 import json
 import logging
-import math
-import threading
 import time
 import uuid
-from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-import pyarrow.fs
-import ray
-import ray.train
 import safetensors.torch
 import torch
-import torch.distributed as dist
-from ray.train import DataConfig as RayDataConfig
-from ray.train import FailureConfig, LoggingConfig, RunConfig
-from ray.train import ScalingConfig as RayScalingConfig
-from ray.train.torch import TorchTrainer, get_device
-from ray.util.queue import Empty, Full, Queue
 from torch import Tensor
 
-from models.init import initialize
 from models.unet import UNet
 from pipelines import checkpoints
 from pipelines.checkpoints import Checkpoint
+from pipelines.cluster import cluster
 from pipelines.config import SampleJob, TrainJob, flatten, to_dict, to_yaml
 from pipelines.digits import write_digits
-from pipelines.errors import ConfigurationError, TryAgainError
-from pipelines.fit import DivergedError, State, World, fit, new_state, x_0_to_pixels
-from pipelines.cluster import cluster
+from pipelines.errors import ConfigurationError
 from pipelines.ingest import IngestPlan, ingest
-from pipelines.lineage import Trained, git_revision, schedule_of
+from pipelines.lineage import Trained, git_revision
 from pipelines.manifest import NAME, Manifest
-from pipelines.pictures import contact_sheet
-from pipelines.plan import Plan
-from pipelines.progress import TrainingProgress
 from pipelines.sampling import SHEET, STRIP, draw_samples, plan_samples
 from pipelines.scoring import METRIC, Comparison, score
 from pipelines.storage import Folder
-from pipelines.stream import Deal, batches, execution_options, open_stream
 from pipelines.tracking import Tracker, open_tracker, resolve_uri, without_password
-
-MAX_WAITING = 1000
-"""Messages that wait for the driver; further ones are dropped, training goes on."""
+from pipelines.workers import run_workers
 
 log = logging.getLogger("brickyard.train")
-
-
-@dataclass(frozen=True)
-class Report:
-    """Metrics of the loop at a position."""
-
-    position: int
-    metrics: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Picture:
-    """Sample images of the loop at a position, float [n, C, H, W]."""
-
-    position: int
-    samples: Tensor
-
-
-@dataclass(frozen=True)
-class Committed:
-    """A checkpoint was committed."""
-
-    position: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Started:
-    """The workers have started, at a position."""
-
-    position: int
-    workers: int
-
-
-@dataclass(frozen=True)
-class TrainTask:
-    """All that the controller and the workers need, as one object."""
-
-    job: TrainJob
-    data: Folder
-    manifest: Manifest
-    about: Checkpoint
-    wire: Queue
-
-    def deal(self, position: int) -> Deal:
-        fit_config = self.job.fit
-        return Deal(
-            start=position,
-            stop=fit_config.images,
-            batch_images=fit_config.batch_images,
-            micro_images=fit_config.micro_images,
-            image_bytes=math.prod(self.manifest.shape),
-        )
-
-    def open(self) -> ray.data.Dataset:
-        """Open the stream where the newest valid checkpoint is. Called by the controller at each start."""
-        found = checkpoints.newest(self.job.run)
-        plan = Plan(self.job.seed, self.manifest.rows, self.manifest.row_group_rows, self.job.data.window_chunks)
-        return open_stream(self.data, self.manifest, plan, self.deal(found[1].position if found else 0))
-
-
-@dataclass(frozen=True)
-class WorkerListener:
-    """Takes what the loop says, on a worker."""
-
-    task: TrainTask
-    world: World
-
-    def report(self, metrics: dict[str, float], position: int) -> None:
-        self.send(Report(position, metrics))
-
-    def picture(self, pixels: Tensor, position: int) -> None:
-        self.send(Picture(position, pixels.cpu()))
-
-    def checkpoint(self, state: State) -> None:
-        began = time.perf_counter()
-        checkpoints.commit(self.task.job.run, state, self.task.about, self.world)
-        if self.world.rank == 0:
-            checkpoints.keep_newest(self.task.job.run, self.task.job.keep_checkpoints)
-            self.send(Committed(state.position, time.perf_counter() - began))
-
-    def send(self, message: Report | Picture | Committed | Started) -> None:
-        """Hand a message to the driver, or drop it: the record never holds training up."""
-        try:
-            self.task.wire.put_nowait(message)
-        except (Full, ray.exceptions.RayActorError) as error:
-            log.warning("%s at %d is lost to the record: %s", type(message).__name__, message.position, error)
-
-
-def train_worker(task: TrainTask) -> None:
-    """Run the loop on a worker of Ray Train. (all ranks)"""
-    job = task.job
-    torch.set_num_threads(job.scaling.threads_per_worker)
-    context = ray.train.get_context()
-    world = World(context.get_world_rank(), context.get_world_size(), get_device())
-    height, _, channels = task.manifest.shape
-    model = UNet(job.network, channels, height)
-    initialize(model, job.seed)  # weights: 1. a function of the seed …
-    model = model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    state = new_state(model, job.fit)
-    found = [checkpoints.newest(job.run) if world.rank == 0 else None]
-    if world.size > 1:
-        dist.broadcast_object_list(found)
-    if found[0]:
-        checkpoints.load(*found[0], state, world)  # … 2. or of the newest checkpoint
-    listener = WorkerListener(task, world)
-    if world.rank == 0:
-        listener.send(Started(state.position, world.size))
-    stream = batches(ray.train.get_dataset_shard("train"), task.deal(state.position), world.rank, world.size)
-    fit(job.fit, state, schedule_of(job.schedule), job.seed, stream, listener, world)
 
 
 def train(job: TrainJob) -> dict[str, Any]:
@@ -187,13 +52,16 @@ def train(job: TrainJob) -> dict[str, Any]:
 
 
 def _train_on(job: TrainJob, data: Folder, manifest: Manifest) -> dict[str, Any]:
-    log.info("data: %d images of %s, digest %s", manifest.rows, "x".join(map(str, manifest.shape)), manifest.digest[:12])
+    log.info(
+        "data: %d images of %s, digest %s", manifest.rows, "x".join(map(str, manifest.shape)), manifest.digest[:12]
+    )
     restarts = claim(job, manifest)
     tracker = open_tracker(
         job.tracking,
         Folder(job.root),
         job.run,
-        parameters=flatten(to_dict(job)) | {"data_digest": manifest.digest, "parameters": count_parameters(job, manifest)},
+        parameters=flatten(to_dict(job))
+        | {"data_digest": manifest.digest, "parameters": count_parameters(job, manifest)},
         tags={
             "brickyard.git_revision": git_revision(),
             "brickyard.data_digest": manifest.digest,
@@ -229,95 +97,9 @@ def _train(job: TrainJob, data: Folder, manifest: Manifest, about: Checkpoint, t
     if found and found[1].position >= job.fit.images:
         log.info("%s has seen its %d images; nothing to train", job.run.url, found[1].position)
         return {"trained_images": 0}
-    wire = Queue(MAX_WAITING, actor_options={"num_cpus": 0})
-    pump = _Pump(wire, tracker, job.fit.images)
-    log.info("starting %d workers at %d images", job.scaling.workers, found[1].position if found else 0)
-    try:
-        _run_ray_train(job, TrainTask(job, data, manifest, about, wire))
-    finally:
-        pump.close()
-        wire.shutdown()
-        (job.run / "ray").delete()
-    return {"trained_images": job.fit.images - (found[1].position if found else 0), **pump.last}
-
-
-def _run_ray_train(job: TrainJob, task: TrainTask) -> None:
-    folder = job.run / "ray"
-    filesystem = None if folder.is_local else pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(folder.filesystem))
-    trainer = TorchTrainer(
-        functools.partial(train_worker, task),
-        scaling_config=RayScalingConfig(
-            num_workers=job.scaling.workers,
-            use_gpu=job.scaling.use_gpu,
-            resources_per_worker={"CPU": job.scaling.cpus_per_worker},
-        ),
-        run_config=RunConfig(
-            # What Ray Train keeps of its own is of no use to us after a crash and can be in the way: our manifests
-            # say where to go on. So each start has a folder of its own there, and it is deleted at the end.
-            name=uuid.uuid4().hex,
-            storage_path=folder.path(),
-            storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=job.scaling.max_failures),
-            logging_config=LoggingConfig(log_level="ERROR"),
-        ),
-        datasets={"train": task.open},
-        dataset_config=RayDataConfig(execution_options=execution_options(), enable_shard_locality=False),
-    )
-    try:
-        trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        failures = list(getattr(error, "worker_failures", {}).values())
-        for failure in [getattr(f, "cause", None) or f for f in failures]:
-            if isinstance(failure, DivergedError | ConfigurationError):
-                raise failure from error
-        raise TryAgainError(
-            f"training stopped after {job.scaling.max_failures} restarts: {error}; run the same command to go on from "
-            "the newest checkpoint"
-        ) from error
-
-
-class _Pump:
-    """Moves messages from the workers to the tracker and to the terminal, in a thread of the driver."""
-
-    def __init__(self, wire: Queue, tracker: Tracker, images: int) -> None:
-        self.last: dict[str, float] = {}
-        self._wire, self._tracker = wire, tracker
-        self._progress = TrainingProgress(images)
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="record", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        while True:
-            try:
-                message = self._wire.get(timeout=0.5)
-            except Empty:
-                if self._closing.is_set():
-                    return
-                continue
-            except ray.exceptions.RayError:
-                return
-            self._take(message)
-
-    def _take(self, message: Report | Picture | Committed | Started) -> None:
-        match message:
-            case Report(position, metrics):
-                self.last = {"loss": metrics["loss"], "images_per_s": round(metrics["images_per_s"], 1)}
-                self._progress.update(position, metrics)
-                self._tracker.metrics(metrics, position)
-            case Picture(position, samples):
-                self._tracker.picture(contact_sheet(x_0_to_pixels(samples).numpy()), "samples", position)
-            case Committed(position, seconds):
-                log.info("checkpoint at %d images, %.2f s", position, seconds)
-                self._tracker.metrics({"checkpoint_s": seconds}, position)
-            case Started(position, workers):
-                log.info("%d workers train from %d images on", workers, position)
-
-    def close(self) -> None:
-        """Pass on what still waits, for ten seconds at most."""
-        self._closing.set()
-        self._thread.join(timeout=10)
-        self._progress.close()
+    position = found[1].position if found else 0
+    log.info("starting %d workers at %d images", job.scaling.workers, position)
+    return {"trained_images": job.fit.images - position, **run_workers(job, data, manifest, about, tracker)}
 
 
 def find_data(job: TrainJob) -> tuple[Folder, Manifest | IngestPlan]:
@@ -461,12 +243,12 @@ def dry_run(job: TrainJob) -> dict[str, Any]:
         What :func:`train` would raise at its start.
     """
     if job.data.builtin == "digits":
-        images, side, channels = 1797, job.data.ingest.side, job.data.ingest.channels
+        images, side, channels = 1797, job.data.ingest.side, int(job.data.ingest.channels)
     else:
         _, data = find_data(job)
         images = data.rows if isinstance(data, Manifest) else len(data.paths)
         shape = data if isinstance(data, Manifest) else data.config
-        side, channels = shape.side, shape.channels
+        side, channels = shape.side, int(shape.channels)
     resolve_uri(job.tracking, Folder(job.root))
     found = checkpoints.newest(job.run)
     return {

@@ -61,27 +61,27 @@ def test_an_image_alone_has_the_t_that_it_has_in_its_batch():
 
 
 def test_t_is_uniform():
-    T, batch_images = 50, 8
+    T, batch_images = 50, 32
     t = stratified(1, torch.arange(40_000), batch_images, T)
     assert t.dtype == torch.int64
     assert stats.chisquare(t.bincount(minlength=T + 1)[1:].numpy()).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("slot", [0, 5, 15])
+@pytest.mark.parametrize("slot", [0, 15])
 def test_t_is_uniform_in_each_slot(slot):
     T, batch_images = 20, 16
-    t = stratified(2, torch.arange(slot, 16 * 4000, 16), batch_images, T)
+    t = stratified(2, torch.arange(slot, 16 * 1000, 16), batch_images, T)
     assert stats.chisquare(t.bincount(minlength=T + 1)[1:].numpy()).pvalue > 1e-3
 
 
 def test_t_is_uniform_within_its_stratum():
     T, batch_images = 1000, 10
-    t = stratified(3, torch.arange(20_000), batch_images, T)
+    t = stratified(3, torch.arange(10_000), batch_images, T)
     assert stats.chisquare(((t - 1) % (T // batch_images)).bincount(minlength=100).numpy()).pvalue > 1e-3
 
 
 def test_t_knows_nothing_of_its_slot_nor_of_the_batch_before():
-    batches, batch_images = 2000, 32
+    batches, batch_images = 1000, 32
     t = stratified(4, torch.arange(batches * batch_images), batch_images, 1000).view(batches, batch_images).double()
     slot = torch.arange(batch_images).expand_as(t).double()
     bound = 5 / math.sqrt(t.numel())

@@ -1,0 +1,37 @@
+# Two commands for a new user: `make train` and `make test`. Everything lives below this folder.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+# Data sets, runs, samples and the MLflow database of `make train`.
+ROOT   ?= $(CURDIR)/yard
+PRESET ?= digits
+FLAGS  ?=
+
+.PHONY: train test lint ui clean
+
+train: $(VENV)/.installed  ## real images → trained network → samples → score → pictures
+	$(BIN)/python jobs/train.py $(PRESET) --root $(ROOT) $(FLAGS)
+
+test: $(VENV)/.installed-test  ## the whole suite
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-test  ## style, types, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+ui: $(VENV)/.installed  ## compare runs at http://127.0.0.1:5000
+	$(BIN)/mlflow server --backend-store-uri sqlite:///$(ROOT)/mlflow.db --host 127.0.0.1 --port 5000
+
+clean:  ## remove what the jobs made; the environment stays
+	rm -rf $(ROOT)
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@

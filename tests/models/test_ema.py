@@ -1,0 +1,146 @@
+"""The average against a weighted sum, written out."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from models.ema import EMA, EMAConfig
+
+
+def model(value=0.0):
+    made = nn.Linear(2, 3).double()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.fill_(value)
+    return made
+
+
+def shadow(ema):
+    [value] = {float(value) for tensor in ema.shadow.values() for value in tensor.flatten()}
+    return value
+
+
+def remaining_share(config, batches, images_seen):
+    """What is left in the average of weights that were 1, after batches of weights that are 0."""
+    net = model(1.0)
+    ema = EMA(net, config)
+    for parameter in net.parameters():
+        nn.init.zeros_(parameter)
+    for batch in batches:
+        images_seen += batch
+        ema.update(net, images_seen, batch)
+    return shadow(ema)
+
+
+def test_the_average_is_the_weighted_sum_of_all_weights_so_far():
+    config = EMAConfig(half_life_images=700, warm_up=0.4)
+    values, batches = [2.0, -1.0, 0.5, 4.0, 3.0, -2.5], [100, 300, 50, 2000, 100]
+    net = model(values[0])
+    ema = EMA(net, config)
+    seen, keep = 0, []
+    for value, batch in zip(values[1:], batches, strict=True):
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.fill_(value)
+        seen += batch
+        ema.update(net, seen, batch)
+        keep.append(2 ** (-batch / min(700, 0.4 * seen)))
+    expected = values[0] * math.prod(keep)
+    for i, value in enumerate(values[1:]):
+        expected += value * (1 - keep[i]) * math.prod(keep[i + 1 :])
+    assert shadow(ema) == pytest.approx(expected, rel=1e-12)
+
+
+def test_each_parameter_is_averaged_with_itself():
+    net = nn.Sequential(nn.Linear(2, 3), nn.GroupNorm(1, 3), nn.Linear(3, 3)).double()
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    ema = EMA(net, EMAConfig(half_life_images=100, warm_up=1.0))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(3).add_(1)
+    ema.update(net, images_seen=1000, batch_images=100)
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(ema.shadow[name], (before[name] + parameter.detach()) / 2, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("batch", [1, 50, 1000])
+def test_after_a_half_life_half_is_left(batch):
+    config = EMAConfig(half_life_images=1000)
+    share = remaining_share(config, [batch] * (1000 // batch), images_seen=1_000_000)
+    assert share == pytest.approx(0.5, rel=1e-9)
+
+
+@pytest.mark.parametrize("parts", [[64], [32, 32], [16] * 4, [1] * 64, [63, 1]])
+def test_the_size_of_the_batch_does_not_matter_after_the_warm_up(parts):
+    config = EMAConfig(half_life_images=500)
+    assert remaining_share(config, parts, images_seen=10_000) == pytest.approx(2 ** (-64 / 500), rel=1e-9)
+
+
+@pytest.mark.parametrize("warm_up", [0.05, 0.5])
+def test_while_warming_up_the_average_forgets_by_shares_of_the_run(warm_up):
+    # d log(share) = -ln 2 · dn/(warm_up · n): from n images to m the share falls to (n/m)^(ln 2/warm_up).
+    config = EMAConfig(half_life_images=1e12, warm_up=warm_up)
+    for n in (1000, 3000):
+        share = remaining_share(config, [1] * (n // 10), images_seen=n)
+        assert share == pytest.approx((1 / 1.1) ** (math.log(2) / warm_up), rel=0.01)
+
+
+def test_the_first_step_forgets_the_weights_that_were_drawn():
+    assert remaining_share(EMAConfig(), [32], images_seen=0) == pytest.approx(2**-20, rel=1e-9)
+
+
+def test_the_shadow_starts_as_a_copy_and_is_not_the_model():
+    net = model(1.5)
+    ema = EMA(net, EMAConfig())
+    assert shadow(ema) == 1.5
+    nn.init.zeros_(net.weight)
+    assert shadow(ema) == 1.5
+    assert not any(tensor.requires_grad for tensor in ema.shadow.values())
+
+
+def test_the_shadow_keeps_names_shapes_and_dtypes():
+    net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1).half())
+    ema = EMA(net, EMAConfig())
+    assert {n: (s.shape, s.dtype) for n, s in ema.shadow.items()} == {
+        n: (p.shape, p.dtype) for n, p in net.named_parameters()
+    }
+
+
+def test_an_update_leaves_the_model_and_its_gradients_alone():
+    net = model(2.0)
+    net(torch.ones(1, 2).double()).sum().backward()
+    weight, grad = net.weight.detach().clone(), net.weight.grad.clone()
+    EMA(net, EMAConfig()).update(net, 100, 10)
+    assert torch.equal(net.weight, weight)
+    assert torch.equal(net.weight.grad, grad)
+
+
+def test_the_average_is_applied_within_the_context_only():
+    net = model(1.0)
+    ema = EMA(net, EMAConfig())
+    nn.init.zeros_(net.weight)
+    identity = net.weight
+    with ema.applied_to(net):
+        assert net.weight is identity
+        assert torch.equal(net.weight, torch.ones(3, 2).double())
+    assert torch.equal(net.weight, torch.zeros(3, 2).double())
+    assert torch.equal(net.bias, torch.ones(3).double())
+    assert shadow(ema) == 1.0
+
+
+def test_the_weights_return_after_an_exception():
+    net = model(1.0)
+    ema = EMA(net, EMAConfig())
+    nn.init.zeros_(net.weight)
+    with pytest.raises(KeyError, match="sampling failed"), ema.applied_to(net):
+        raise KeyError("sampling failed")
+    assert torch.equal(net.weight, torch.zeros(3, 2).double())
+
+
+@pytest.mark.parametrize(("field", "way_out"), [("half_life_images", "try 20000"), ("warm_up", "try 0.05")])
+@pytest.mark.parametrize("value", [0, -1, math.nan])
+def test_a_bad_configuration_names_its_field_its_value_and_a_way_out(field, value, way_out):
+    with pytest.raises(ValueError, match=rf"ema\.{field} is {value}; it must be positive: {way_out}"):
+        EMAConfig(**{field: value})

@@ -1,0 +1,144 @@
+import json
+import logging
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models.schedule import article
+from pipelines import checkpoints
+from pipelines.checkpoints import Checkpoint
+from pipelines.errors import DataError
+from pipelines.fit import FitConfig, State, World, fit
+from pipelines.storage import Folder
+from tests.pipelines.helpers import FIT, Ear, micro_batches, tiny_state
+
+ALONE = World()
+ABOUT = Checkpoint(
+    position=0, files={}, config={"seed": 0}, data_digest="d", data_url="file:///d", shape=(1, 8, 8), labels=[],
+    tracking_uri="none", tracking_run="", git_revision="",
+)  # fmt: skip
+
+Digits = tuple[np.ndarray, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, digits: Digits) -> tuple[Folder, State]:
+    folder, tiny_fit = Folder(str(tmp_path_factory.mktemp("run"))), FIT
+    state = tiny_state(tiny_fit)
+    ear = Ear(lambda state: checkpoints.commit(folder, state, ABOUT, ALONE))
+    fit(tiny_fit, state, article(), 0, micro_batches(digits[0], tiny_fit), ear)
+    return folder, state
+
+
+@pytest.fixture
+def run(finished: tuple[Folder, State], folder: Folder) -> tuple[Folder, State]:
+    """A finished run with checkpoints at 128, 256 and 384 images, to be harmed, and its last state."""
+    shutil.copytree(finished[0].path(), folder.path())
+    return folder, finished[1]
+
+
+def everything(state: State) -> torch.Tensor:
+    optimizer = [
+        value.flatten()
+        for p in state.model.parameters()
+        for value in state.optimizer.state[p].values()
+        if isinstance(value, torch.Tensor)
+    ]
+    return torch.cat([*(p.detach().flatten() for p in state.model.parameters()), *optimizer,
+                      *(v.flatten() for v in state.ema.shadow.values())])  # fmt: skip
+
+
+@pytest.mark.parametrize("position", [128, 256])
+def test_going_on_from_a_checkpoint_ends_bit_for_bit_where_the_run_ended(
+    position: int, run: tuple[Folder, State], digits: Digits, tiny_fit: FitConfig
+) -> None:
+    folder, whole = run
+    state = tiny_state(tiny_fit, seed=1)  # other weights, to be replaced
+    at = folder / checkpoints.folder_name(position)
+    checkpoints.load(at, checkpoints.read(at), state, ALONE)
+    assert state.position == position
+    fit(tiny_fit, state, article(), 0, micro_batches(digits[0], tiny_fit, start=position), Ear())
+    assert torch.equal(everything(state), everything(whole))
+
+
+def test_the_newest_is_found(run: tuple[Folder, State]) -> None:
+    found = checkpoints.newest(run[0])
+    assert found is not None and found[1].position == 384
+    assert found[0].name == "checkpoint-000000000384"
+    assert checkpoints.newest(run[0] / "nothing") is None
+
+
+def damage(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda at: damage(at / "__0_0.distcp"), "has sha256"),
+        (lambda at: damage(at / ".metadata"), "has sha256"),
+        (lambda at: (at / "__0_0.distcp").unlink(), "does not exist"),
+        (lambda at: (at / "__0_0.distcp").write_bytes(b"short"), "has 5 bytes"),
+        (lambda at: (at / "manifest.json").unlink(), "was never committed"),
+        (lambda at: (at / "manifest.json").write_text("{"), "is not the manifest of a checkpoint"),
+    ],
+    ids=["bit flipped", "index damaged", "shard missing", "shard short", "not committed", "manifest damaged"],
+)
+def test_what_is_damaged_is_passed_over_and_said(
+    harm: object, said: str, run: tuple[Folder, State], caplog: pytest.LogCaptureFixture
+) -> None:
+    at = run[0] / checkpoints.folder_name(384)
+    harm(Path(at.path()))  # type: ignore[operator]
+    with caplog.at_level(logging.WARNING):
+        found = checkpoints.newest(run[0])
+    assert found is not None and found[1].position == 256
+    assert said in caplog.text and at.name in caplog.text
+
+
+def test_nothing_damaged_is_ever_given_to_torch(run: tuple[Folder, State], tiny_fit: FitConfig) -> None:
+    at = run[0] / checkpoints.folder_name(384)
+    about = checkpoints.read(at)
+    damage(Path(at.path()) / ".metadata")
+    state = tiny_state(tiny_fit, seed=1)
+    before = everything_but_optimizer(state)
+    with pytest.raises(DataError, match="sha256"):
+        checkpoints.load(at, about, state, ALONE)
+    assert torch.equal(everything_but_optimizer(state), before)
+
+
+def everything_but_optimizer(state: State) -> torch.Tensor:
+    return torch.cat([v.detach().flatten().clone() for v in (*state.model.parameters(), *state.ema.shadow.values())])
+
+
+def test_both_kinds_of_weights_are_read(run: tuple[Folder, State], tiny_fit: FitConfig) -> None:
+    folder, whole = run
+    found = checkpoints.newest(folder)
+    assert found is not None
+    for averaged in (False, True):
+        model = tiny_state(tiny_fit, seed=1).model
+        checkpoints.load_weights(*found, model, averaged)
+        expected = whole.ema.shadow if averaged else dict(whole.model.named_parameters())
+        for name, p in model.named_parameters():
+            assert torch.equal(p, expected[name])
+
+
+def test_only_the_newest_are_kept_and_a_running_upload_is_left_alone(run: tuple[Folder, State]) -> None:
+    folder, _ = run
+    (folder / checkpoints.folder_name(64)).put("__0_0.distcp", b"left by a crash")
+    (folder / checkpoints.folder_name(512)).put("__0_0.distcp", b"on its way")
+    checkpoints.keep_newest(folder, 2)
+    assert folder.names() == [checkpoints.folder_name(n) for n in (256, 384, 512)]
+
+
+def test_the_digest_names_the_content(run: tuple[Folder, State]) -> None:
+    at = run[0] / checkpoints.folder_name(384)
+    about = checkpoints.read(at)
+    assert about.digest == checkpoints.read(at).digest
+    assert about.digest != replace(about, position=1).digest
+    assert json.loads(at.get("manifest.json"))["files"].keys() == {".metadata", "__0_0.distcp"}

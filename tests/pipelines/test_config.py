@@ -1,0 +1,78 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from jobs.presets import PRESETS
+from pipelines.config import SampleJob, TrainJob, flatten, from_dict, overlay, to_dict, to_yaml
+from pipelines.errors import ConfigurationError
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_configuration_survives_the_file(preset: str, tmp_path: Path) -> None:
+    job = PRESETS[preset][1]
+    (tmp_path / "config.yaml").write_text(to_yaml(job))
+    assert overlay(TrainJob, None, str(tmp_path / "config.yaml")) == job
+
+
+def test_a_file_lies_over_the_preset(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("seed: 7\nfit:\n  learning_rate: 0.001\n")
+    job = PRESETS["digits"][1]
+    found = overlay(TrainJob, job, str(tmp_path / "c.yaml"))
+    assert found == replace(job, seed=7, fit=replace(job.fit, learning_rate=0.001))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fit:\n  learning_rat: 1", r"fit\.learning_rat is no field; did you mean fit\.learning_rate\?"),
+        ("zzz: 1", "zzz is no field; it has name, root, seed"),
+        ("fit:\n  images: many", r"fit\.images is 'many'; Input should be a valid integer"),
+        ("fit:\n  batch_images: 192", r"fit\.images is 256000; it must be a multiple of fit\.batch_images"),
+        ("- 1", "must be a mapping"),
+        ("a: [", "while parsing"),
+    ],
+)
+def test_a_bad_file_says_where_and_what(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        overlay(TrainJob, PRESETS["digits"][1], str(tmp_path / "c.yaml"))
+    assert "c.yaml" in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"nothing\.yaml does not exist"):
+        overlay(TrainJob, None, str(tmp_path / "nothing.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "a b"}, "name is 'a b'"),
+        ({"name": "../x"}, "name is '../x'"),
+        ({"evaluate_images": 1}, "evaluate_images is 1"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints is 0"),
+    ],
+)
+def test_a_bad_training_job_is_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        replace(PRESETS["digits"][1], **change)  # type: ignore[arg-type]
+
+
+def test_more_steps_than_the_schedule_has_are_refused() -> None:
+    job = PRESETS["digits"][1]
+    with pytest.raises(ConfigurationError, match=r"draw\.steps is 20; it must be at most schedule\.T, which is 10"):
+        replace(job, schedule=replace(job.schedule, T=10))
+
+
+@pytest.mark.parametrize("seeds", ["", "5", "9-3", "a-b", "-1-4"])
+def test_bad_seeds_are_refused(seeds: str) -> None:
+    with pytest.raises(ConfigurationError, match="seeds is .*; it must be FIRST-LAST, such as 0-49999"):
+        SampleJob(checkpoint="c", out="o", seeds=seeds)
+
+
+def test_a_flat_view_has_every_setting() -> None:
+    flat = flatten(to_dict(PRESETS["digits"][1]))
+    assert flat["fit.ema.half_life_images"] == 20_000
+    assert flat["network.multipliers"] == [1, 2]
+    assert from_dict(TrainJob, to_dict(PRESETS["digits"][1]), "x") == PRESETS["digits"][1]

@@ -1,0 +1,141 @@
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models.schedule import article
+from pipelines.errors import ConfigurationError
+from pipelines.fit import DivergedError, FitConfig, fit, mirrored, pixels_to_x_0, x_0_to_pixels
+from tests.pipelines.helpers import Ear, micro_batches, tiny_state
+
+Digits = tuple[np.ndarray, np.ndarray]
+
+
+def test_it_learns(digits: Digits, tiny_fit: FitConfig) -> None:
+    ear = Ear()
+    config = replace(tiny_fit, images=1920, checkpoint_images=1920)
+    fit(config, tiny_state(config), article(), 0, micro_batches(digits[0], config), ear)
+    losses = [metrics["loss"] for _, metrics in ear.reports]
+    assert losses[0] > 0.8
+    assert losses[-1] < 0.4
+
+
+def test_it_speaks_when_it_should(digits: Digits, tiny_fit: FitConfig) -> None:
+    ear = Ear()
+    fit(tiny_fit, tiny_state(tiny_fit), article(), 0, micro_batches(digits[0], tiny_fit), ear)
+    assert [position for position, _ in ear.reports] == [64, 128, 192, 256, 320, 384]
+    assert [position for position, _ in ear.pictures] == [192, 384]
+    assert ear.checkpoints == [128, 256, 384]
+    grid = ear.pictures[-1][1]
+    assert grid.shape == (64, 1, 8, 8) and grid.abs().max() < 1.001
+    bands = {f"loss_band_{i}_of_4" for i in range(1, 5)}
+    assert set(ear.reports[0][1]) == bands | {
+        "loss", "gradient_norm", "learning_rate", "images_per_s", "data_wait_percent"
+    }  # fmt: skip
+
+
+def test_the_loss_is_the_mean_of_its_bands(digits: Digits, tiny_fit: FitConfig) -> None:
+    ear = Ear()
+    fit(tiny_fit, tiny_state(tiny_fit), article(), 0, micro_batches(digits[0], tiny_fit), ear)
+    for _, metrics in ear.reports:  # batches are stratified, so each band has a quarter of the images
+        bands = [value for name, value in metrics.items() if "band" in name]
+        assert np.mean(bands) == pytest.approx(metrics["loss"], rel=1e-5)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_gives_others(digits: Digits, tiny_fit: FitConfig) -> None:
+    weights = []
+    for seed in (0, 0, 1):
+        state = tiny_state(tiny_fit)
+        fit(tiny_fit, state, article(), seed, micro_batches(digits[0], tiny_fit), Ear())
+        weights.append(torch.cat([p.detach().flatten() for p in state.model.parameters()]))
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_the_size_of_a_micro_batch_changes_only_the_rounding(digits: Digits, tiny_fit: FitConfig) -> None:
+    weights = []
+    for micro in (8, 16, 32):
+        config = replace(tiny_fit, micro_images=micro)
+        state = tiny_state(config, dtype=torch.float64)
+        fit(config, state, article(), 0, micro_batches(digits[0], config), Ear())
+        weights.append(torch.cat([p.detach().flatten() for p in state.model.parameters()]))
+    assert torch.allclose(weights[0], weights[1], rtol=0, atol=1e-9)
+    assert torch.allclose(weights[0], weights[2], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_more_workers_train_the_same_network(world: int, digits: Digits, tiny_fit: FitConfig, tmp_path: Path) -> None:
+    """Real processes, gloo and DDP; float64, so that only the order of sums differs."""
+    alone = tiny_state(tiny_fit, dtype=torch.float64)
+    ear = Ear()
+    fit(tiny_fit, alone, article(), 0, micro_batches(digits[0], tiny_fit), ear)
+
+    np.save(tmp_path / "pixels.npy", digits[0])
+    command = [sys.executable, "-W", "error", "-m", "tests.pipelines.ddp_worker", str(tmp_path), str(world)]
+    workers = [subprocess.Popen([*command, str(rank)]) for rank in range(world)]
+    assert [worker.wait(timeout=300) for worker in workers] == [0] * world
+
+    for rank in range(world):
+        together = torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True)
+        for name, p in alone.model.named_parameters():
+            assert torch.allclose(together["model"][name], p, rtol=0, atol=1e-9), name
+            assert torch.allclose(together["ema"][name], alone.ema.shadow[name], rtol=0, atol=1e-9), name
+    reported = torch.load(tmp_path / "rank-0.pt", weights_only=True)
+    assert reported["losses"] == pytest.approx([metrics["loss"] for _, metrics in ear.reports], rel=1e-6)
+    assert torch.allclose(reported["grid"], ear.pictures[-1][1], atol=1e-5)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_optimizer_moves(digits: Digits, tiny_fit: FitConfig) -> None:
+    config = replace(tiny_fit, learning_rate=1e30, warm_up_images=0, clip_norm=1e30)
+    state = tiny_state(config)
+    with pytest.raises(DivergedError, match=r"gradient of positions \d+\.\.\d+ is (nan|inf)") as caught:
+        fit(config, state, article(), 0, micro_batches(digits[0], config), Ear())
+    first = int(str(caught.value).split("positions ")[1].split("..")[0])
+    assert first % config.batch_images == 0
+    assert state.position == first + config.batch_images
+
+
+def test_pixels_survive_the_way_to_x_0_and_back() -> None:
+    pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1)
+    x_0 = pixels_to_x_0(pixels)
+    assert x_0.min() == -1 and x_0.max() == 1 and x_0.shape == (1, 1, 16, 16)
+    assert torch.equal(x_0_to_pixels(x_0), pixels)
+
+
+def test_an_image_is_mirrored_or_not_by_its_position() -> None:
+    x_0 = torch.arange(4.0).expand(1000, 1, 2, 4)
+    position = torch.arange(1000)
+    out = mirrored(x_0, 0, position)
+    flipped = out[:, 0, 0, 0] == 3
+    assert torch.equal(out[flipped], x_0[flipped].flip(3)) and torch.equal(out[~flipped], x_0[~flipped])
+    assert 400 < flipped.sum() < 600
+    order = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(mirrored(x_0, 0, position[order]), out[order])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"images": 100}, r"fit\.images is 100; it must be a multiple of fit\.batch_images, which is 32: try 96"),
+        ({"micro_images": 12}, r"fit\.micro_images is 12; it must divide fit\.batch_images, which is 32: try 4"),
+        ({"checkpoint_images": 96}, r"fit\.checkpoint_images is 96; it must be a multiple of fit\.log_images"),
+        ({"learning_rate": 0.0}, r"fit\.learning_rate is 0\.0; it must be positive"),
+        ({"warm_up_images": -1}, r"fit\.warm_up_images is -1; it must not be negative"),
+        ({"batch_images": 0}, r"fit\.batch_images is 0; it must be at least 1"),
+    ],
+)
+def test_bad_numbers_name_the_field_the_value_and_the_way_out(
+    wrong: dict[str, float], message: str, tiny_fit: FitConfig
+) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        replace(tiny_fit, **wrong)
+
+
+def test_workers_that_cannot_share_a_batch_are_refused(tiny_fit: FitConfig) -> None:
+    tiny_fit.check_workers(4)
+    with pytest.raises(ConfigurationError, match=r"scaling\.workers is 3;.*take one of \[1, 2, 4\] workers"):
+        tiny_fit.check_workers(3)

@@ -1,0 +1,94 @@
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+from pipelines.images import BadImageError, decode, encode, read_picture
+
+
+def file(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@given(
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.sampled_from([1, 3]),
+    st.sampled_from(["raw", "png"]),
+    st.integers(0, 2**32),
+)
+def test_encoding_loses_nothing(height: int, width: int, channels: int, encoding: Any, seed: int) -> None:
+    pixels = np.random.default_rng(seed).integers(0, 256, (3, height, width, channels), np.uint8)
+    data = [encode(picture, encoding) for picture in pixels]
+    assert np.array_equal(decode(data, encoding, (height, width, channels)), pixels)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_a_photograph_is_cropped_in_the_middle_and_resized(kind: str) -> None:
+    photograph = load_sample_image("china.jpg")  # 427 × 640
+    pixels = read_picture(file(Image.fromarray(photograph), kind), channels=3, side=64)
+    middle = Image.fromarray(photograph[:, 106:533]).resize((64, 64), Image.Resampling.LANCZOS)
+    assert pixels.shape == (64, 64, 3)
+    assert np.abs(pixels.astype(int) - np.asarray(middle).astype(int)).mean() < 8
+
+
+def test_a_picture_of_the_right_size_is_left_alone(digits: tuple[np.ndarray, np.ndarray]) -> None:
+    for picture in digits[0][:20]:
+        assert np.array_equal(read_picture(encode(picture, "png"), channels=1, side=8), picture)
+
+
+def test_a_turned_photograph_is_put_upright() -> None:
+    image = Image.new("RGB", (20, 10), "black")
+    image.paste("white", (0, 0, 10, 10))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned: the left edge is the top
+    pixels = read_picture(file(image, "JPEG", exif=exif, quality=95), channels=3, side=None)
+    assert pixels.shape == (20, 10, 3)
+    assert pixels[:8].min() > 200 and pixels[-8:].max() < 50
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
+def test_every_mode_becomes_grey_or_rgb(mode: str) -> None:
+    image = Image.new("L", (8, 8), 255).convert("I").convert("I;16") if mode == "I;16" else Image.new(mode, (8, 8))
+    assert read_picture(file(image), channels=1, side=8).shape == (8, 8, 1)
+    assert read_picture(file(image), channels=3, side=8).shape == (8, 8, 3)
+
+
+def test_what_is_transparent_becomes_black() -> None:
+    assert read_picture(file(Image.new("RGBA", (8, 8), (255, 255, 255, 0))), channels=3, side=8).max() == 0
+
+
+GOOD = file(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)))
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty"),
+        (GOOD[: len(GOOD) // 2], "truncated|OSError"),
+        (b"hello, I am a text", "cannot identify"),
+        (file(Image.new("RGB", (8, 8)), "GIF"), "cannot identify"),
+        (file(Image.new("1", (9000, 9000))), "9000 x 9000 pixels"),
+    ],
+    ids=["empty", "truncated", "text", "gif", "bomb"],
+)
+def test_a_bad_file_says_what_is_wrong_with_it(data: bytes, reason: str) -> None:
+    with pytest.raises(BadImageError, match=reason):
+        read_picture(data, channels=3, side=8)
+
+
+@given(st.integers(0, len(GOOD) - 1), st.integers(0, 255))
+def test_whatever_a_file_holds_nothing_else_is_raised(place: int, byte: int) -> None:
+    data = bytearray(GOOD)
+    data[place] = byte
+    try:
+        assert read_picture(bytes(data), channels=3, side=8).shape == (8, 8, 3)
+    except BadImageError as error:
+        assert str(error)

@@ -1,0 +1,92 @@
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from pipelines.errors import ConfigurationError, DataError
+from pipelines.storage import Folder, absolute
+
+
+@pytest.fixture(params=["file", "memory"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
+    return Folder(str(tmp_path / "store") if request.param == "file" else f"memory://{tmp_path}/store")
+
+
+def test_what_is_put_is_got_and_listed(folder: Folder) -> None:
+    assert folder.names() == [] and folder.find() == []
+    folder.put("a/b.txt", b"one")
+    folder.put("c.txt", b"three")
+    assert folder.get("a/b.txt") == b"one"
+    assert folder.names() == ["a", "c.txt"]
+    assert folder.find() == [("a/b.txt", 3), ("c.txt", 5)]
+    assert (folder / "a").exists("b.txt") and not folder.exists("b.txt")
+    folder.delete()
+    assert folder.names() == []
+
+
+def test_of_many_creators_one_wins(folder: Folder) -> None:
+    won: list[int] = []
+    start = threading.Barrier(8)
+
+    def create(i: int) -> None:
+        start.wait()
+        if folder.create("lock", str(i).encode()):
+            won.append(i)
+
+    threads = [threading.Thread(target=create, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if folder.is_local:  # fsspec's memory file system, a stand-in for tests of its users, checks and then writes
+        assert len(won) == 1
+    assert folder.get("lock").decode() in map(str, won)
+    assert not folder.create("lock", b"late")
+
+
+def test_a_put_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Folder(str(tmp_path))
+    folder.put("a", b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DataError, match="No space left"):
+        folder.put("a", b"new")
+    assert folder.get("a") == b"old"
+    assert folder.names() == ["a"]
+
+
+def test_urls_are_made_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert absolute("data") == f"file://{tmp_path}/data"
+    assert absolute("file:data") == f"file://{tmp_path}/data"
+    assert absolute("file:///data/") == "file:///data"
+    assert absolute("~/data") == "file:///home/someone/data"
+    assert absolute("s3://bucket/data/") == "s3://bucket/data"
+    with pytest.raises(ConfigurationError, match="empty"):
+        absolute("")
+
+
+def test_a_missing_object_is_named(folder: Folder) -> None:
+    with pytest.raises(DataError, match=r"nothing\.txt does not exist"):
+        folder.get("nothing.txt")
+
+
+def test_an_unknown_scheme_says_the_nearest() -> None:
+    with pytest.raises(ConfigurationError, match=r"scheme 's4'.*did you mean s3://"):
+        Folder("s4://bucket/x").names()
+
+
+def test_a_scheme_without_its_driver_says_what_to_install() -> None:
+    with pytest.raises(ConfigurationError, match=r"needs a driver that is not installed.*gcsfs"):
+        Folder("gs://bucket/x").names()
+
+
+def test_a_file_in_the_way_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(DataError, match=r"file/x cannot be read or written: (NotADirectory|FileExists)Error"):
+        Folder(str(tmp_path / "file")).put("x", b"")
