@@ -92,14 +92,14 @@ def run(
     Returns:
         The exit code.
     """
-    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
-    log.setLevel(logging.INFO)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    log.addHandler(handler)
     outcome: dict[str, Any] = {}
     try:
+        asked = parse(cls, presets or {}, sys.argv[1:] if argv is None else argv)
         with _sigterm_as_interrupt(), _stdout_as_stderr():
-            asked = parse(cls, presets or {}, sys.argv[1:] if argv is None else argv)
-            if asked.verbose:
-                log.setLevel(logging.DEBUG)
+            log.setLevel(logging.DEBUG if asked.verbose else logging.INFO)
             print("# the resolved configuration\n" + to_yaml(asked.job), file=sys.stderr, end="", flush=True)
             outcome = (plan if asked.dry_run else work)(asked.job)
             code = DONE
@@ -110,6 +110,8 @@ def run(
         code, told = _judge(error)
         outcome = {"error": str(told)}
         log.error("%s", told, exc_info=error if code == FAILED else None)
+    finally:
+        log.removeHandler(handler)
     print(json.dumps({**outcome, "exit_code": code}), flush=True)
     return code
 

@@ -116,6 +116,17 @@ def read(folder: Folder) -> Checkpoint:
         raise DataError(f"{folder.url}/{MANIFEST} is not the manifest of a checkpoint: {error}") from error
 
 
+def read_verified(folder: Folder) -> Checkpoint:
+    """Read the manifest of a checkpoint, and prove that every file is as it was committed.
+
+    Raises:
+        DataError: if one is not.
+    """
+    checkpoint = read(folder)
+    with _verified(folder, checkpoint):
+        return checkpoint
+
+
 def newest(run: Folder) -> tuple[Folder, Checkpoint] | None:
     """Return the newest checkpoint of a run whose every byte is as committed, or None; say which were passed over."""
     for name in reversed([name for name in run.names() if name.startswith(PREFIX)]):
@@ -124,9 +135,7 @@ def newest(run: Folder) -> tuple[Folder, Checkpoint] | None:
             log.warning("%s was never committed; passing it over", folder.url)
             continue
         try:
-            checkpoint = read(folder)
-            with _verified(folder, checkpoint):
-                return folder, checkpoint
+            return folder, read_verified(folder)
         except DataError as error:
             log.warning("passing over a damaged checkpoint: %s", error)
     return None

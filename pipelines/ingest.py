@@ -119,6 +119,10 @@ class IngestPlan:
     def shards(self) -> int:
         return -(-len(self.paths) // self.config.shard_rows)
 
+    @property
+    def complete(self) -> bool:
+        return self.out.exists(NAME)
+
     def shard_name(self, shard: int) -> str:
         return f"shard-{shard:06d}.parquet"
 
@@ -192,7 +196,7 @@ def ingest(plan: IngestPlan) -> Manifest:
                 f"{out.url} holds an ingest of {earlier['source']} as it was, with the configuration of then; the "
                 "files or the ingest.* fields differ now: give another folder, or delete that one"
             )
-    if out.exists(NAME):
+    if plan.complete:
         log.info("ingest: %s is complete; nothing to do", out.url)
         return Manifest.load(out)
 
@@ -257,7 +261,7 @@ def dry_run(job: IngestJob) -> dict[str, Any]:
         "images": len(plan.paths),
         "labels": plan.labels,
         "shards": plan.shards,
-        "complete": plan.out.exists(NAME),
+        "complete": plan.complete,
         "raw_bytes_when_ingested": len(plan.paths) * job.ingest.side**2 * job.ingest.channels,
         "data": plan.out.url,
     }

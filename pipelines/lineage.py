@@ -40,11 +40,11 @@ class Trained:
         """Find the newest valid checkpoint of a run's folder, or the one whose own folder this is.
 
         Raises:
-            DataError: if there is none.
+            DataError: if there is none, or if the one that is named is damaged.
         """
         folder = Folder(url)
         if folder.exists(checkpoints.MANIFEST):
-            return Trained(folder, checkpoints.read(folder))
+            return Trained(folder, checkpoints.read_verified(folder))
         if found := checkpoints.newest(folder):
             return Trained(*found)
         raise DataError(

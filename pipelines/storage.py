@@ -6,6 +6,7 @@ and of several writers that :meth:`Folder.create` the same name one wins and the
 
 import contextlib
 import difflib
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -43,7 +44,9 @@ def _told(url: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise DataError(f"{url} does not exist") from error
-    except (OSError, TimeoutError) as error:
+    except (ConfigurationError, DataError):
+        raise
+    except Exception as error:  # every storage client has exceptions of its own
         raise DataError(
             f"{url} cannot be read or written: {type(error).__name__}: {error}; check the address, the credentials and "
             "their rights"
@@ -80,7 +83,7 @@ class Folder:
         except ImportError as error:
             raise ConfigurationError(f"{self.url} needs a driver that is not installed: {error}") from error
         except ValueError as error:
-            near = difflib.get_close_matches(scheme, ["s3", "gs", "file", "memory", "abfs", "https"], n=1)
+            near = difflib.get_close_matches(scheme, ["s3", "gs", "file", "memory", "abfs", "https"], n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]}://?" if near else ""
             raise ConfigurationError(f"{self.url}: no storage driver knows the scheme {scheme!r}{hint}") from error
 
@@ -144,6 +147,11 @@ class Folder:
                     self.filesystem.pipe_file(self.path(name), data, mode="create")
             except FileExistsError:
                 return False
+            except OSError as error:
+                # What s3fs makes of the server's "412 Precondition Failed".
+                if error.errno == errno.EINVAL and self.exists(name):
+                    return False
+                raise
             return True
 
     def names(self) -> list[str]:

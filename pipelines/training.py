@@ -7,6 +7,7 @@ import json
 import logging
 import time
 import uuid
+from contextlib import ExitStack
 from typing import Any
 
 import safetensors.torch
@@ -46,7 +47,9 @@ def train(job: TrainJob) -> dict[str, Any]:
     """
     began = time.perf_counter()
     data, found = find_data(job)
-    with cluster():
+    with ExitStack() as stack:
+        if isinstance(found, IngestPlan) and not found.complete:
+            stack.enter_context(cluster())  # one for all that follows
         summary = _train_on(job, data, ingest(found) if isinstance(found, IngestPlan) else found)
     return summary | {"seconds": round(time.perf_counter() - began, 1)}
 
@@ -72,10 +75,11 @@ def _train_on(job: TrainJob, data: Folder, manifest: Manifest) -> dict[str, Any]
     try:
         tracker.file("config.yaml", to_yaml(job).encode())
         about = describe(job, data, manifest, tracker)
-        summary = _train(job, data, manifest, about, tracker)
-        tracker.tags({"brickyard.export": export(job)})
-        if job.evaluate_images:
-            summary |= evaluate(job, tracker)
+        with cluster():
+            summary = _train(job, data, manifest, about, tracker)
+            tracker.tags({"brickyard.export": export(job)})
+            if job.evaluate_images:
+                summary |= evaluate(job, tracker)
         tracker.finish("FINISHED")
     except KeyboardInterrupt:
         tracker.finish("KILLED")
@@ -249,6 +253,7 @@ def dry_run(job: TrainJob) -> dict[str, Any]:
         images = data.rows if isinstance(data, Manifest) else len(data.paths)
         shape = data if isinstance(data, Manifest) else data.config
         side, channels = shape.side, int(shape.channels)
+    _check_side(job, side)
     resolve_uri(job.tracking, Folder(job.root))
     found = checkpoints.newest(job.run)
     return {

@@ -127,6 +127,21 @@ def test_the_tails_are_there_and_finite():
     assert z.max() <= math.sqrt(2 * math.log(2**33))
 
 
+@pytest.mark.parametrize(
+    ("word", "position", "step", "block", "radius"),
+    [
+        (0, 4714682438749791380, 3752165424, 2, math.sqrt(2 * math.log(2**33))),
+        (0xFFFFFFFF, 457114916860202718, 2259749912, 50, 0.0),
+    ],
+)
+def test_the_first_and_the_last_word_make_finite_normals(word, position, step, block, radius):
+    # One word in 2³² is this one: the addresses were found by running Philox backwards.
+    position = torch.tensor([position])
+    assert int(words(0, "eps", position, step, block + 1)[0][0, block]) == word
+    pair = normal(0, "eps", position, (4 * (block + 1),), step)[0, 4 * block : 4 * block + 2]
+    assert float(pair.square().sum().sqrt()) == pytest.approx(radius, rel=1e-5)
+
+
 def test_drawing_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
     normal(0, "eps", torch.arange(4), (1, 8, 8))

@@ -14,7 +14,18 @@ import torch
 
 from models.noise import normal
 from models.process import demolish, x_0_from_eps
-from models.samplers import SAMPLERS, build, clip_x_0, ddim, dpm_solver, greedy, posterior, random
+from models.samplers import (
+    SAMPLERS,
+    build,
+    clip_x_0,
+    ddim,
+    dpm_solver,
+    greedy,
+    posterior,
+    random,
+    sample,
+    sample_noise,
+)
 from models.schedule import article
 
 WHOLE = article()
@@ -219,22 +230,48 @@ def test_a_deterministic_sampler_asks_for_no_noise(name):
     build(SAMPLERS[name], best_for_gaussian(0.0, 1.0), torch.ones(1, 1, 1, 1).double(), WHOLE.respaced(5), no_noise)
 
 
+def shy(x_t, t):
+    """A predictor that is not linear and treats each image and pixel by itself."""
+    return torch.tanh(x_t) * (1 + t.view(-1, 1, 1, 1) / 1000)
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_sample_is_its_seed_in_every_batch(name):
-    def eps_theta(x_t, t):
-        return torch.tanh(x_t) * (1 + t.view(-1, 1, 1, 1) / 1000)
-
     def samples(seeds):
-        def noise(i):
-            return normal(0, "z", seeds, (3, 5, 5), step=i)
-
-        return build(SAMPLERS[name], eps_theta, normal(0, "x_T", seeds, (3, 5, 5)), WHOLE.respaced(20), noise)
+        return sample(SAMPLERS[name], shy, WHOLE, seeds, (3, 5, 5), steps=20)
 
     seeds = torch.tensor([4, 0, 99, 1 << 40, 17])
     together = samples(seeds)
     for i in range(len(seeds)):
         assert torch.equal(samples(seeds[i : i + 1])[0], together[i])
+        assert not any(torch.equal(together[i], together[j]) for j in range(i))
     assert torch.equal(samples(seeds.flip(0)).flip(0), together)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_to_sample_is_to_build_from_the_noise_of_the_seeds(clip):
+    seeds = torch.tensor([3, 1 << 35])
+    x_T, noise = sample_noise(seeds, (1, 4, 4))
+    eps_theta = clip_x_0(shy, WHOLE) if clip else shy
+    expected = build(random, eps_theta, x_T, WHOLE.respaced(8), noise)
+    assert torch.equal(sample(random, shy, WHOLE, seeds, (1, 4, 4), steps=8, clip=clip), expected)
+
+
+def test_each_noise_of_a_sample_is_another():
+    x_T, noise = sample_noise(torch.arange(2000), (1, 4, 4))
+    draws = torch.stack([x_T, *(noise(i) for i in (1, 2, 3, 1000))]).flatten(1)
+    assert (torch.corrcoef(draws) - torch.eye(5)).abs().max() < 5 / math.sqrt(draws.shape[1])
+
+
+def test_samples_are_clipped_unless_told_otherwise():
+    seeds = torch.arange(4)
+    assert sample(ddim, lambda x_t, t: -3 * x_t, WHOLE, seeds, (1, 4, 4), 10).abs().max() <= 1
+    assert sample(ddim, lambda x_t, t: -3 * x_t, WHOLE, seeds, (1, 4, 4), 10, clip=False).abs().max() > 2
+
+
+def test_more_steps_than_the_schedule_has_are_refused():
+    with pytest.raises(ValueError, match=r"steps is 1001; .* 1\.\.1000"):
+        sample(ddim, shy, WHOLE, torch.arange(1), (1, 2, 2), steps=1001)
 
 
 def test_build_keeps_no_graph():

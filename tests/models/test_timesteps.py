@@ -93,7 +93,8 @@ def test_t_knows_nothing_of_its_slot_nor_of_the_batch_before():
 def test_batches_differ_and_so_do_seeds_however_late_in_the_run(first):
     s = first // 64
     here = stratified(0, global_batch(s, 64), 64, 1000)
-    assert not torch.equal(here, stratified(0, global_batch(s + 1, 64), 64, 1000))
-    assert not torch.equal(here, stratified(1, global_batch(s, 64), 64, 1000))
-    # Another deal of the strata, not only another draw within each.
-    assert not torch.equal(here.argsort(), stratified(0, global_batch(s + 1, 64), 64, 1000).argsort())
+    others = [stratified(0, global_batch(s + later, 64), 64, 1000) for later in (1, 1 << 16, 1 << 32)]
+    others.append(stratified(1, global_batch(s, 64), 64, 1000))
+    for other in others:
+        # Another deal of the strata, not only another draw within each.
+        assert not torch.equal(here.argsort(), other.argsort())

@@ -158,6 +158,11 @@ def test_gradients_reach_every_parameter():
     assert without == []
 
 
+def test_the_gradient_is_that_of_finite_differences():
+    net, x = awake(side=4).double(), pictures(1, side=4).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: net(x, torch.tensor([300])), (x,), fast_mode=True)
+
+
 def test_a_far_corner_of_the_picture_matters():
     net, x = awake(), pictures(1).requires_grad_()
     net(x, torch.tensor([10]))[0, 0, 0, 0].backward()

@@ -86,6 +86,13 @@ def test_a_scheme_without_its_driver_says_what_to_install() -> None:
         Folder("gs://bucket/x").names()
 
 
+def test_storage_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"ENDPOINT_URL": "http://127.0.0.1:1", "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    with pytest.raises(DataError, match=r"s3://bucket/x/y cannot be read or written: EndpointConnectionError"):
+        Folder("s3://bucket/x").get("y")
+
+
 def test_a_file_in_the_way_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(DataError, match=r"file/x cannot be read or written: (NotADirectory|FileExists)Error"):

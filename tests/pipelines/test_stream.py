@@ -48,7 +48,7 @@ def data(tmp_path_factory: pytest.TempPathFactory, digits: Digits) -> tuple[Fold
 
 
 def test_rows_are_read_in_any_order_across_shards(data: tuple[Folder, Manifest], digits: Digits) -> None:
-    folder, manifest = data
+    folder, _ = data
     rows = np.random.default_rng(0).permutation(1797)[:700]
     pixels, labels = Manifest.load(folder).read(folder, rows)
     assert np.array_equal(pixels, digits[0][rows])

@@ -80,7 +80,7 @@ def test_where_runs_go(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_uri(TrackingConfig(), folder) == f"sqlite:///{folder.path('mlflow.db')}"
     assert resolve_uri(TrackingConfig(uri="none"), folder) == "none"
     assert isinstance(open_tracker(TrackingConfig(uri="none"), folder, folder, {}, {}), NoTracker)
-    with pytest.raises(ConfigurationError, match="tracking.uri is empty"):
+    with pytest.raises(ConfigurationError, match=r"tracking\.uri is empty"):
         resolve_uri(TrackingConfig(), Folder("s3://bucket/x"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracker:5000")
     assert resolve_uri(TrackingConfig(), folder) == "http://tracker:5000"

@@ -1,0 +1,196 @@
+"""What a user can get wrong, and what each costs: a message, and an exit code."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jobs import ingest, sample, score, train
+from jobs.presets import DIGITS
+from pipelines import checkpoints
+from pipelines.checkpoints import Checkpoint
+from pipelines.config import to_dict
+from pipelines.fit import World, new_state
+from pipelines.images import encode
+from pipelines.storage import Folder
+
+Job = Callable[[list[str]], int]
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, dict[str, object]]]:
+    """Run a job; return its exit code, what it said on stderr and the one line that it left on stdout."""
+
+    def go(job: Job, *argv: str) -> tuple[int, str, dict[str, object]]:
+        capfd.readouterr()
+        try:
+            code = job(list(argv))
+        except SystemExit as exit_:  # flags are judged by the command line's own library
+            return int(exit_.code or 0), plain(capfd.readouterr().err), {}
+        out, err = capfd.readouterr()
+        (line,) = out.splitlines()
+        said = json.loads(line)
+        assert said["exit_code"] == code
+        return code, plain(err), said
+
+    return go
+
+
+def plain(text: str) -> str:
+    """Text as one line, without colours and frames."""
+    return re.sub(r"[\s│]+", " ", re.sub(r"\x1b\[[0-9;]*m", "", text))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> str:
+    return str(tmp_path / "root")
+
+
+def test_no_images_at_the_url(run: Callable, root: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for job, argv in (
+        (train.main, ["digits", "--root", root, "--data.builtin", "none", "--data.url", str(tmp_path / "empty")]),
+        (ingest.main, ["--source", str(tmp_path / "empty"), "--out", root]),
+    ):
+        code, err, said = run(job, *argv)
+        assert code == 3
+        assert "holds no images" in err and "holds no images" in said["error"]
+
+
+def test_storage_that_cannot_be_read(run: Callable, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"ENDPOINT_URL": "http://127.0.0.1:1", "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    code, err, _ = run(ingest.main, "--source", "s3://bucket/images", "--out", root)
+    assert code == 3
+    assert "s3://bucket/images cannot be read or written: EndpointConnectionError" in err
+    assert "check the address, the credentials and their rights" in err
+
+
+def test_a_scheme_without_its_driver(run: Callable, root: str) -> None:
+    code, err, _ = run(ingest.main, "--source", "gs://bucket/images", "--out", root)
+    assert code == 2
+    assert "gs://bucket/images needs a driver that is not installed" in err and "gcsfs" in err
+    code, err, _ = run(ingest.main, "--source", "s4://bucket/images", "--out", root)
+    assert code == 2
+    assert "did you mean s3://?" in err
+
+
+def test_an_unknown_preset_says_the_nearest(run: Callable) -> None:
+    code, err, _ = run(train.main, "digit")
+    assert code == 2
+    assert "'digit' is no preset; did you mean 'digits'?" in err
+
+
+def test_an_unknown_flag_says_the_nearest(run: Callable) -> None:
+    code, err, _ = run(train.main, "digits", "--fit.learning-rat", "1")
+    assert code == 2
+    assert "Unrecognized options: --fit.learning-rat" in err and "--fit.learning-rate" in err
+
+
+def test_an_unknown_field_in_a_file_says_the_nearest(run: Callable, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("fit: {learning_rat: 1}")
+    code, err, _ = run(train.main, "digits", "--config", str(tmp_path / "c.yaml"))
+    assert code == 2
+    assert "fit.learning_rat is no field; did you mean fit.learning_rate?" in err
+
+
+def test_a_batch_that_the_workers_do_not_divide(run: Callable, root: str) -> None:
+    code, err, _ = run(train.main, "digits", "--root", root, "--scaling.workers", "3")
+    assert code == 2
+    assert "scaling.workers is 3; fit.batch_images = 128 is 2 micro-batches" in err
+    assert "take one of [1, 2] workers" in err
+
+
+def test_a_value_out_of_range(run: Callable) -> None:
+    code, err, _ = run(train.main, "digits", "--network.groups", "5")
+    assert code == 2
+    assert "network.groups is 5; it must divide network.channels, which is 32" in err
+
+
+def test_images_that_cannot_be_halved(run: Callable, root: str) -> None:
+    code, err, _ = run(train.main, "digits", "--root", root, "--data.ingest.side", "9", "--dry-run")
+    assert code == 2
+    assert "images have a side of 9 pixels" in err and "must be a multiple of 2" in err
+
+
+def test_no_data_at_all(run: Callable) -> None:
+    code, err, _ = run(train.main)
+    assert code == 2
+    assert "data.url is empty: give --data.url" in err
+
+
+@pytest.fixture
+def trained(root: str) -> Folder:
+    """A run's folder with two checkpoints."""
+    from tests.pipelines.helpers import FIT, tiny_state
+
+    about = Checkpoint(
+        position=0, files={}, config=to_dict(DIGITS), data_digest="d", data_url="file:///d", shape=(1, 8, 8),
+        labels=[], tracking_uri="none", tracking_run="", git_revision="",
+    )  # fmt: skip
+    state, folder = new_state(tiny_state(FIT).model, FIT), Folder(root) / "runs" / "digits"
+    for state.position in (128, 256):
+        checkpoints.commit(folder, state, about, World())
+    return folder
+
+
+def test_a_checkpoint_with_a_flipped_bit_is_passed_over_and_said(run: Callable, trained: Folder, root: str) -> None:
+    path = Path((trained / "checkpoint-000000000256").path("__0_0.distcp"))
+    data = bytearray(path.read_bytes())
+    data[1000] ^= 4
+    path.write_bytes(data)
+    code, err, said = run(train.main, "digits", "--root", root, "--dry-run")
+    assert (code, said["starts_at"]) == (0, 128)
+    assert "passing over a damaged checkpoint" in err and "checkpoint-000000000256/__0_0.distcp has sha256" in err
+
+    # Named on its own, it is not replaced by another.
+    named = ["--checkpoint", (trained / "checkpoint-000000000256").url, "--out", f"{root}/out"]
+    code, err, _ = run(sample.main, *named, "--dry-run")
+    assert code == 3
+    assert "checkpoint-000000000256/__0_0.distcp has sha256" in err
+
+
+def test_no_checkpoint_where_one_is_named(run: Callable, root: str, tmp_path: Path) -> None:
+    code, err, _ = run(sample.main, "--checkpoint", str(tmp_path), "--out", root)
+    assert code == 3
+    assert "holds no valid checkpoint" in err
+    code, err, _ = run(sample.main, "--out", root)
+    assert code == 2
+    assert "checkpoint is empty: give --checkpoint FOLDER" in err
+
+
+def test_samples_that_are_not_there(run: Callable, root: str) -> None:
+    for job, argv in ((score.main, ["--samples", root]), (sample.main, ["--out", root, "--verify"])):
+        code, err, _ = run(job, *argv)
+        assert code == 3
+        assert "finished" in err
+
+
+@pytest.mark.ray
+def test_a_truncated_image_among_good_ones(
+    run: Callable, tmp_path: Path, digits: tuple[np.ndarray, np.ndarray], ray_cluster: None
+) -> None:
+    raw = Folder(str(tmp_path / "raw"))
+    for i, picture in enumerate(digits[0][:150]):
+        raw.put(f"{i}.png", encode(picture, "png"))
+    raw.put("bad.png", encode(digits[0][0], "png")[:50])
+    code, err, said = run(
+        ingest.main, "--source", raw.url, "--out", str(tmp_path / "out"), "--ingest.side", "8", "--ingest.channels", "1"
+    )
+    assert (code, said["images"], said["quarantined"]) == (0, 150, 1)
+    assert "1 of 151 files are unusable" in err
+    assert json.loads(Folder(str(tmp_path / "out")).get("quarantine.jsonl"))["path"] == "bad.png"
+
+
+@pytest.mark.ray
+def test_another_run_under_the_same_name(run: Callable, root: str, tmp_path: Path, ray_cluster: None) -> None:
+    Folder(root).put("runs/digits/run.json", b"{}")
+    common = ["digits", "--root", root, "--tracking.uri", "none"]
+    code, err, _ = run(train.main, *common)
+    assert code == 2
+    assert "runs/digits is another run" in err
+    assert "data digest was None" in err and "fit.learning_rate was None" in err
+    assert "Give this one another --name" in err

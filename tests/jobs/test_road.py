@@ -1,0 +1,187 @@
+"""The whole road, as a user walks it: commands in processes of their own, killed where it hurts."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import yaml
+from safetensors.torch import load_file
+
+from pipelines import checkpoints
+from pipelines.storage import Folder
+
+pytestmark = pytest.mark.ray
+
+CODE = Path(__file__).parents[2]
+SHORT = [
+    "--fit.images=3840", "--fit.log-images=640", "--fit.checkpoint-images=1280", "--fit.grid-images=1920",
+    "--fit.warm-up-images=640", "--evaluate-images=60", "--draw.steps=5", "--draw.shard-images=20",
+]  # fmt: skip
+
+
+def start(root: Path, *command: str) -> subprocess.Popen[str]:
+    assert not ray.is_initialized(), "one Ray cluster at a time"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
+    environment |= {"BRICKYARD_TEST": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *command, "--root", str(root)],
+        cwd=CODE, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err[-5000:]
+    (line,) = out.splitlines()
+    return json.loads(line)  # type: ignore[no-any-return]
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stderr.read()[-5000:]  # type: ignore[union-attr]
+        assert time.monotonic() < end, "the moment to strike never came"
+        time.sleep(0.05)
+
+
+def committed(root: Path, position: int) -> Callable[[], bool]:
+    manifest = root / "runs/digits" / checkpoints.folder_name(position) / "manifest.json"
+    return manifest.exists
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    root = tmp_path_factory.mktemp("whole")
+    return root, finish(start(root, "-m", "jobs.train", "digits", *SHORT))
+
+
+def test_it_leaves_what_it_says(uninterrupted: tuple[Path, dict[str, Any]]) -> None:
+    _, said = uninterrupted
+    assert said["trained_images"] == said["images"] == 3840
+    assert 0 < said["loss"] < 1
+    assert 0 < said["frechet_distance"] < 10
+    for name in ("contact_sheet", "strip"):
+        assert Path(said[name].removeprefix("file://")).read_bytes().startswith(b"\x89PNG")
+    names = set(Folder(said["run"]).names())
+    assert {"run.json", "start-0001.yaml", "export", checkpoints.folder_name(3840)} <= names
+    assert "ray" not in names, "what Ray kept of its own is gone"
+    assert {"ema.safetensors", "model.safetensors", "config.json"} == set((Folder(said["run"]) / "export").names())
+
+
+def mlflow_runs(root: Path) -> list[Any]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{root}/mlflow.db")
+    return list(client.search_runs([client.get_experiment_by_name("brickyard").experiment_id]))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_the_record_has_what_a_reader_looks_for(uninterrupted: tuple[Path, dict[str, Any]]) -> None:
+    from mlflow import MlflowClient
+
+    root, said = uninterrupted
+    (run,) = mlflow_runs(root)
+    assert run.info.run_id == said["tracking_run"] and run.info.status == "FINISHED"
+    assert run.data.params["fit.learning_rate"] == "0.002" and run.data.params["parameters"] == "701345"
+    assert run.data.params["data_digest"] == said["data_digest"]
+    bands = {f"loss_band_{i}_of_4" for i in range(1, 5)}
+    assert {"loss", "images_per_s", "data_wait_percent", "gradient_norm", "frechet_distance"} | bands <= set(
+        run.data.metrics
+    )
+    assert run.data.metrics["frechet_distance"] == said["frechet_distance"]
+    client = MlflowClient(tracking_uri=f"sqlite:///{root}/mlflow.db")
+    losses = client.get_metric_history(run.info.run_id, "loss")
+    assert [metric.step for metric in losses] == list(range(640, 3841, 640))
+    pictures = [file.path for file in client.list_artifacts(run.info.run_id, "images") if "samples" in file.path]
+    grids = {path.split("+")[2] for path in pictures}
+    assert {"1920", "3840"} <= grids
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_killed_in_the_middle_it_ends_bit_for_bit_the_same(
+    uninterrupted: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """SIGKILL for the driver and all of its group, twice: after a checkpoint, and again after a later one."""
+    whole, expected = uninterrupted
+    for position in (1280, 2560):
+        process = start(tmp_path, "-m", "jobs.train", "digits", *SHORT)
+        wait_for(committed(tmp_path, position), process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    said = finish(start(tmp_path, "jobs/train.py", "digits", *SHORT))
+    assert said["trained_images"] == 3840 - 2560
+
+    for weights in ("model", "ema"):
+        a, b = (load_file(root / f"runs/digits/export/{weights}.safetensors") for root in (whole, tmp_path))
+        assert a.keys() == b.keys()
+        assert all(a[name].equal(b[name]) for name in a), f"{weights} differ"
+    assert said["frechet_distance"] == pytest.approx(expected["frechet_distance"], rel=1e-9)
+
+    (run,) = mlflow_runs(tmp_path)
+    assert run.info.status == "FINISHED" and run.data.tags["brickyard.starts"] == "3"
+
+    # Fired again it is done at once, and has changed nothing.
+    before = (tmp_path / "runs/digits/export/ema.safetensors").read_bytes()
+    again = finish(start(tmp_path, "jobs/train.py", "digits", *SHORT))
+    assert again["trained_images"] == 0
+    assert (tmp_path / "runs/digits/export/ema.safetensors").read_bytes() == before
+
+
+def test_a_worker_that_is_killed_is_replaced_and_nothing_is_lost(
+    uninterrupted: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    process = start(tmp_path, "-m", "jobs.train", "digits", *SHORT, "--evaluate-images=0")
+    wait_for(committed(tmp_path, 1280), process)
+    victims = [
+        int(entry.name)
+        for entry in Path("/proc").iterdir()
+        if entry.name.isdigit() and b"RayTrainWorker" in _command_line(entry) and _session(entry) == process.pid
+    ]
+    assert len(victims) == 2
+    os.kill(victims[1], signal.SIGKILL)
+    finish(process)
+    for weights in ("model", "ema"):
+        a, b = (load_file(root / f"runs/digits/export/{weights}.safetensors") for root in (uninterrupted[0], tmp_path))
+        assert all(a[name].equal(b[name]) for name in a), f"{weights} differ"
+
+
+def _command_line(process: Path) -> bytes:
+    try:
+        return (process / "cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def _session(process: Path) -> int:
+    try:
+        return int((process / "stat").read_text().rsplit(")", 1)[1].split()[3])
+    except OSError:
+        return -1
+
+
+def test_an_interrupt_ends_a_run_cleanly(tmp_path: Path) -> None:
+    process = start(tmp_path, "-m", "jobs.train", "digits", *SHORT)
+    wait_for(committed(tmp_path, 1280), process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err[-3000:]
+    assert json.loads(out.splitlines()[-1]) == {"error": "interrupted", "exit_code": 130}
+    (run,) = mlflow_runs(tmp_path)
+    assert run.info.status == "KILLED"
+
+
+def test_the_kept_configuration_repeats_the_run(uninterrupted: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    kept = uninterrupted[0] / "runs/digits/start-0001.yaml"
+    assert yaml.safe_load(kept.read_text())["fit"]["images"] == 3840
+    process = start(tmp_path, "-m", "jobs.train", "--config", str(kept), "--dry-run")
+    said = finish(process)
+    assert (said["dry_run"], said["steps"], said["starts_at"]) == (True, 30, 0)
+    assert list(tmp_path.iterdir()) == [], "a dry run changes nothing"

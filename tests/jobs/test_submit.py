@@ -1,0 +1,104 @@
+"""`ray job submit`, for real, against a cluster of its own."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+pytestmark = pytest.mark.ray
+
+TOKEN = "0123456789abcdef" * 4
+CODE = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+SHORT = [
+    "--fit.images=640", "--fit.batch-images=64", "--fit.micro-images=32", "--fit.log-images=320",
+    "--fit.checkpoint-images=320", "--fit.grid-images=640", "--scaling.workers=1", "--tracking.uri=none",
+]  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A head node with a dashboard on loopback, in the foreground of a process that is ended by its own id."""
+    assert not ray.is_initialized(), "one Ray cluster at a time"
+    port, dashboard = free_port(), free_port()
+    home = tmp_path_factory.mktemp("home")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "HOME": str(home),  # the token lies there
+        "RAY_AUTH_MODE": "token",
+    }
+    (home / ".ray").mkdir()
+    (home / ".ray" / "auth_token").write_text(TOKEN)
+    head = subprocess.Popen(
+        [BIN / "ray", "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}",
+         "--dashboard-host=127.0.0.1", "--include-dashboard=true", "--num-cpus=6", "--disable-usage-stats",
+         f"--temp-dir={tmp_path_factory.mktemp('r')}"],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        wait_until_it_answers(address, head)
+        yield environment | {"RAY_API_SERVER_ADDRESS": address}
+    finally:
+        head.terminate()
+        head.wait(timeout=60)
+
+
+def wait_until_it_answers(address: str, head: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 120
+    request = urllib.request.Request(
+        f"{address}/api/version", headers={"Authorization": f"Bearer {'0123456789abcdef' * 4}"}
+    )
+    while time.monotonic() < end:
+        assert head.poll() is None, head.stdout.read()  # type: ignore[union-attr]
+        try:
+            urllib.request.urlopen(request, timeout=5).close()
+        except OSError:
+            time.sleep(0.5)
+        else:
+            return
+    raise AssertionError("the cluster did not come up")
+
+
+@pytest.mark.parametrize(
+    "entrypoint",
+    [["jobs/train.py"], ["python", "jobs/train.py"], ["python", "-m", "jobs.train"]],
+    ids=["script", "python script", "python -m"],
+)
+def test_the_three_ways_of_saying_it(entrypoint: list[str], cluster: dict[str, str], tmp_path: Path) -> None:
+    command = [BIN / "ray", "job", "submit", "--working-dir", ".", "--", *entrypoint, "digits", *SHORT]
+    evaluate = ["--evaluate-images=40"] if entrypoint[0] == "jobs/train.py" else ["--evaluate-images=0"]
+    done = subprocess.run(
+        [*command, *evaluate, "--draw.steps=2", "--draw.actors=1", "--root", str(tmp_path)],
+        cwd=CODE, env=cluster, text=True, capture_output=True, timeout=500, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-3000:]
+    said = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
+    assert (said["exit_code"], said["trained_images"]) == (0, 640)
+    assert (tmp_path / "runs/digits/export/ema.safetensors").exists()
+    if evaluate[0].endswith("40"):
+        assert said["frechet_distance"] > 0 and Path(said["contact_sheet"].removeprefix("file://")).exists()
+
+
+def test_a_job_that_cannot_be_done_fails_in_ray_too(cluster: dict[str, str], tmp_path: Path) -> None:
+    done = subprocess.run(
+        [BIN / "ray", "job", "submit", "--working-dir", ".", "--", "jobs/train.py", "digit", "--root", str(tmp_path)],
+        cwd=CODE, env=cluster, text=True, capture_output=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "'digit' is no preset; did you mean 'digits'?" in done.stdout

@@ -1,0 +1,174 @@
+import io
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from jobs.presets import DIGITS
+from models.init import initialize
+from models.unet import UNet
+from pipelines import checkpoints
+from pipelines.checkpoints import Checkpoint
+from pipelines.config import DrawConfig, SampleJob, ScoreJob, to_dict
+from pipelines.digits import write_digits
+from pipelines.errors import ConfigurationError, DataError
+from pipelines.fit import World, new_state
+from pipelines.images import decode
+from pipelines.ingest import IngestConfig, IngestPlan, ingest
+from pipelines.sampling import draw_samples, dry_run, plan_samples, verify
+from pipelines.scoring import Moments, frechet_distance, pixel_features, score_job
+from pipelines.storage import Folder
+from tests.pipelines.helpers import FIT, TINY
+
+pytestmark = pytest.mark.ray
+DRAW = DrawConfig(steps=4, shard_images=10, batch_images=4, actors=2)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Folder:
+    """A run with two checkpoints of an untrained, but not trivial, network."""
+    root = Folder(str(tmp_path_factory.mktemp("root")))
+    write_digits(root / "raw")
+    manifest = ingest(IngestPlan.make(root / "raw", root / "data", IngestConfig(side=8, channels=1, shard_rows=600)))
+    model = UNet(TINY, 1, 8)
+    initialize(model, 0)
+    torch.nn.init.normal_(model.conv_out.weight, generator=torch.Generator().manual_seed(0))
+    about = Checkpoint(
+        position=0, files={}, config=to_dict(replace(DIGITS, network=TINY)), data_digest=manifest.digest,
+        data_url=(root / "data").url, shape=(1, 8, 8), labels=manifest.labels, tracking_uri="none", tracking_run="r",
+        git_revision="g",
+    )  # fmt: skip
+    state = new_state(model, FIT)
+    for state.position in (128, 256):
+        checkpoints.commit(root / "run", state, about, World())
+        state.ema.shadow["conv_out.bias"] += 0.1
+    return root / "run"
+
+
+def job(run: Folder, out: Folder, **draw: object) -> SampleJob:
+    return SampleJob(checkpoint=run.url, out=out.url, seeds="100-124", draw=replace(DRAW, **draw))  # type: ignore[arg-type]
+
+
+def pictures(out: Folder) -> dict[int, bytes]:
+    found = {}
+    for name in out.names():
+        if name.startswith("part-"):
+            table = pq.read_table(io.BytesIO(out.get(name)))
+            for seed, image in zip(table["seed"].to_pylist(), table["image"].to_pylist(), strict=True):
+                assert seed not in found
+                found[seed] = image
+    return found
+
+
+@pytest.fixture(scope="module")
+def drawn(run: Folder) -> Folder:
+    out = Folder(run.url.replace("/run", "/samples"))
+    result = draw_samples(plan_samples(job(run, out)))
+    assert result["images"] == result["drawn_now"] == 25
+    return out
+
+
+@pytest.fixture
+def samples(drawn: Folder, folder: Folder) -> Folder:
+    """A finished set of samples, to be harmed."""
+    shutil.copytree(drawn.path(), folder.path())
+    return folder
+
+
+def test_each_seed_is_there_once_and_the_folder_verifies(run: Folder, samples: Folder) -> None:
+    folder = samples
+    found = pictures(folder)
+    assert sorted(found) == list(range(100, 125))
+    assert len(set(found.values())) == 25
+    assert decode(list(found.values()), "png", (8, 8, 1)).std() > 10
+    assert verify(folder) == {"samples": folder.url, "verified": 25}
+    assert {"contact-sheet.png", "strip.png", "manifest.json", "_SUCCESS"} <= set(folder.names())
+    lineage = json.loads(pq.read_schema(io.BytesIO(folder.get("part-000000.parquet"))).metadata[b"brickyard"])
+    newest = checkpoints.newest(run)
+    assert newest is not None
+    assert lineage["checkpoint_digest"] == newest[1].digest and lineage["draw"]["sampler"] == "dpm-solver"
+
+
+def test_fired_again_it_writes_nothing(run: Folder, samples: Folder) -> None:
+    folder = samples
+    before = {path: path.stat().st_mtime_ns for path in Path(folder.path()).iterdir()}
+    assert draw_samples(plan_samples(job(run, folder)))["drawn_now"] == 0
+    assert {path: path.stat().st_mtime_ns for path in Path(folder.path()).iterdir()} == before
+
+
+def test_what_is_missing_is_drawn_again_to_the_byte(run: Folder, samples: Folder) -> None:
+    folder = samples
+    before = pictures(folder)
+    for name in ("part-000001.parquet", "_SUCCESS", "manifest.json"):
+        Path(folder.path(name)).unlink()
+    assert dry_run(job(run, folder))["shards_to_draw"] == 1
+    assert draw_samples(plan_samples(job(run, folder)))["drawn_now"] == 10
+    assert pictures(folder) == before
+    assert verify(folder)["verified"] == 25
+
+
+@pytest.mark.parametrize("sampler", ["random"])
+def test_the_pixels_of_a_seed_depend_on_no_shard_and_no_actor(sampler: str, run: Folder, folder: Folder) -> None:
+    for out, shard_images in ((folder / "a", 10), (folder / "b", 25)):
+        draw_samples(plan_samples(job(run, out, sampler=sampler, shard_images=shard_images, actors=1)))
+    assert pictures(folder / "a") == pictures(folder / "b")
+
+
+def test_other_samples_in_the_folder_are_not_mixed_with(run: Folder, samples: Folder) -> None:
+    folder = samples
+    for other in (
+        job(run, folder, steps=5),
+        replace(job(run, folder), seeds="100-130"),
+        replace(job(run, folder), checkpoint=(run / "checkpoint-000000000128").url),
+    ):
+        with pytest.raises(ConfigurationError, match=r"holds other samples: their .* this job's is"):
+            draw_samples(plan_samples(other))
+
+
+def test_verify_sees_what_is_wrong(run: Folder, samples: Folder) -> None:
+    folder = samples
+    with pytest.raises(DataError, match="is not finished"):
+        verify(run)
+    data = bytearray(folder.get("part-000001.parquet"))
+    data[len(data) // 2] ^= 1
+    folder.put("part-000001.parquet", bytes(data))
+    with pytest.raises(DataError, match=r"part-000001\.parquet is not what was written"):
+        verify(folder)
+
+
+def test_a_folder_without_a_checkpoint_is_named(run: Folder, folder: Folder) -> None:
+    with pytest.raises(DataError, match="holds no valid checkpoint; give the folder of a run"):
+        plan_samples(job(folder, folder))
+
+
+def test_more_steps_than_the_checkpoint_knows_are_refused(run: Folder, folder: Folder) -> None:
+    with pytest.raises(ConfigurationError, match=r"draw\.steps is 1001; it must be at most the T"):
+        plan_samples(job(run, folder, steps=1001))
+
+
+def test_weights_that_go_bad_under_way_fail_fast_and_are_named(run: Folder, folder: Folder, tmp_path: Path) -> None:
+    copy = Folder(str(tmp_path / "copy"))
+    shutil.copytree(run.path(), copy.path())
+    plan = plan_samples(job(copy, folder))
+    (Path(plan.trained.folder.path()) / "__0_0.distcp").write_bytes(b"")
+    with pytest.raises(Exception, match=r"checkpoint-000000000256/__0_0\.distcp has 0 bytes"):
+        draw_samples(plan)
+
+
+def test_the_score_is_that_of_numpy(samples: Folder, digits: tuple[np.ndarray, np.ndarray]) -> None:
+    result = score_job(ScoreJob(samples=samples.url))
+    drawn = decode(list(pictures(samples).values()), "png", (8, 8, 1))
+    expected = frechet_distance(Moments.of(pixel_features(drawn)), Moments.of(pixel_features(digits[0])))
+    assert result["frechet_distance"] == pytest.approx(expected, rel=1e-6)
+    assert (result["samples_n"], result["reference_n"]) == (25, 1797)
+    assert result["same_data_as_trained_on"] and not result["recorded"]
+
+
+def test_unfinished_samples_are_not_scored(folder: Folder) -> None:
+    with pytest.raises(DataError, match="is no finished set of samples"):
+        score_job(ScoreJob(samples=folder.url))

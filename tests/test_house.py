@@ -1,0 +1,85 @@
+"""The rules of the house that a machine can keep."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jobs.presets import PRESETS
+
+ROOT = Path(__file__).parents[1]
+JOBS = sorted(path for path in (ROOT / "jobs").glob("*.py") if path.name not in ("__init__.py", "cli.py", "presets.py"))
+SOURCES = sorted(path for layer in ("models", "pipelines", "jobs") for path in (ROOT / layer).glob("*.py"))
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.name)
+def test_an_entry_point_is_thin(path: Path) -> None:
+    """What an entry script defines is pickled by value and becomes a second class: it defines only main."""
+    tree = ast.parse(path.read_text())
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef | ast.For | ast.While)]
+    assert [node.name for node in tree.body if isinstance(node, ast.FunctionDef)] == ["main"]
+    assert path.stat().st_mode & 0o111, "the executable bit, for ray job submit -- jobs/…"
+    assert path.read_text().startswith("#!/usr/bin/env python3\n")
+
+
+def test_one_file_imports_mlflow() -> None:
+    assert [path.name for path in SOURCES if any(name.split(".")[0] == "mlflow" for name in imports(path))] == [
+        "tracking.py"
+    ]
+
+
+def test_the_loop_imports_neither_ray_nor_mlflow() -> None:
+    code = "import sys, pipelines.fit; print({'ray', 'mlflow', 'pyarrow', 'tyro'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_a_read_task_needs_no_torch() -> None:
+    code = "import sys, pipelines.stream; print({'torch', 'mlflow', 'tyro', 'sklearn'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_no_global_generator_is_drawn_from() -> None:
+    """In torch, numpy and random: whatever is drawn goes through models.noise."""
+    drawing = {"rand", "randn", "randint", "randperm", "manual_seed", "seed", "shuffle", "normal_", "uniform_", "rand_like",
+               "randn_like", "default_rng", "choice"}  # fmt: skip
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                assert node.func.attr not in drawing, f"{path}:{node.lineno}"
+        assert "random" not in {name.split(".")[0] for name in imports(path)}, path
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_a_file_is_one_room(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 320
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.name)
+def test_help_says_every_setting_and_the_exit_codes(path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, path, "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PATH": "", "COLUMNS": "200", "HOME": "/nonexistent"},
+    )
+    assert "75 try again" in done.stdout
+    assert "--config" in done.stdout and "--dry-run" in done.stdout
+    assert done.stderr == ""
+    if path.name == "train.py":
+        assert all(preset in done.stdout for preset in PRESETS)
+        assert "--fit.learning-rate" in done.stdout and "Of AdamW, after the warm-up." in done.stdout
