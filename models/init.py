@@ -1,11 +1,19 @@
 """The first weights, each a function of (seed, the parameter's name), whatever the order or the layout of the model."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from models.noise import words
+
+
+def empty(make: Callable[[], nn.Module]) -> nn.Module:
+    """Make a module whose parameters have memory but no values yet, and draw nothing while making it."""
+    with torch.device("meta"):
+        model = make()
+    return model.to_empty(device="cpu")
 
 
 @torch.no_grad()

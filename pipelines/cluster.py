@@ -24,6 +24,7 @@ def cluster() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere unasked
     verbose = logging.getLogger("brickyard").isEnabledFor(logging.DEBUG)
     level = logging.INFO if verbose else logging.ERROR
     if not verbose:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from models.init import empty
 from models.schedule import Schedule, ScheduleConfig, article
 from models.unet import UNet, UNetConfig
 from pipelines import checkpoints
@@ -58,7 +59,8 @@ class Trained:
         """Return ε_θ with the weights of the checkpoint, or their average, ready to evaluate on the CPU."""
         config = from_dict(UNetConfig, self.checkpoint.config["network"], self.folder.url)
         channels, height, _ = self.checkpoint.shape
-        model = UNet(config, channels, height).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = empty(lambda: UNet(config, channels, height))
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         checkpoints.load_weights(self.folder, self.checkpoint, model, averaged)
         return model.requires_grad_(False).eval()  # type: ignore[no-any-return]
 

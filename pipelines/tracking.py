@@ -7,9 +7,11 @@ record, not the run: every call that fails is said once and passed over.
 
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit, urlunsplit
 
@@ -121,6 +123,7 @@ def without_password(uri: str) -> str:
 
 
 def _be_brief() -> None:
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nothing is sent anywhere unasked
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", ATTEMPTS)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", TIMEOUT_S)
     import mlflow  # noqa: F401  (it sets the level of its own log)
@@ -162,7 +165,7 @@ class _MLflowTracker:
         self.url = (
             f"{uri}/#/experiments/{experiment_id}/runs/{self.run_id}"
             if uri.startswith("http")
-            else f"mlflow server --backend-store-uri {uri}"
+            else f"{Path(sys.prefix) / 'bin' / 'mlflow'} server --backend-store-uri {uri} --port 5000"
         )
         known = same[0].data.params if same else {}
         for name, value in parameters.items():
@@ -194,7 +197,6 @@ class _MLflowTracker:
 
     def file(self, name: str, data: bytes) -> None:
         import tempfile
-        from pathlib import Path
 
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / name

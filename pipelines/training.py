@@ -51,7 +51,30 @@ def train(job: TrainJob) -> dict[str, Any]:
         if isinstance(found, IngestPlan) and not found.complete:
             stack.enter_context(cluster())  # one for all that follows
         summary = _train_on(job, data, ingest(found) if isinstance(found, IngestPlan) else found)
-    return summary | {"seconds": round(time.perf_counter() - began, 1)}
+    summary["seconds"] = round(time.perf_counter() - began, 1)
+    log.info("%s", in_words(summary))
+    return summary
+
+
+def in_words(summary: dict[str, Any]) -> str:
+    """Return what a training job did as a few lines for a person."""
+    lines = [
+        f"{summary['images']:,} images seen, {summary['trained_images']:,} of them now, {summary['seconds']:.0f} s"
+    ]
+    if "loss" in summary:
+        lines += [
+            f"learned    to tell noise from picture with a mean squared error of {summary['loss']:.4f} (at first 1)"
+        ]
+    if METRIC in summary:
+        lines += [
+            f"score      Fréchet distance {summary[METRIC]:.4f} between samples and data, in pixels (0: alike)",
+            f"pictures   {summary['contact_sheet']}",
+            f"           {summary['strip']}",
+        ]
+    lines += [f"network    {summary['run']}/export"]
+    if summary["see"]:
+        lines += [f"record     {summary['see']}"]
+    return "done\n\n  " + "\n  ".join(lines) + "\n"
 
 
 def _train_on(job: TrainJob, data: Folder, manifest: Manifest) -> dict[str, Any]:

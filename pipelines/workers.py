@@ -8,6 +8,7 @@ through a bounded queue to the driver, which alone speaks to the tracker: so no 
 import functools
 import logging
 import math
+import signal
 import threading
 import time
 import uuid
@@ -25,7 +26,7 @@ from ray.train.torch import TorchTrainer, get_device
 from ray.util.queue import Empty, Full, Queue
 from torch import Tensor
 
-from models.init import initialize
+from models.init import empty, initialize
 from models.unet import UNet
 from pipelines import checkpoints
 from pipelines.checkpoints import Checkpoint
@@ -141,7 +142,7 @@ def train_worker(task: TrainTask) -> None:
     context = ray.train.get_context()
     world = World(context.get_world_rank(), context.get_world_size(), get_device())
     height, _, channels = task.manifest.shape
-    model = UNet(job.network, channels, height)
+    model = empty(lambda: UNet(job.network, channels, height))
     initialize(model, job.seed)  # weights: 1. a function of the seed …
     model = model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     state = new_state(model, job.fit)
@@ -199,8 +200,11 @@ def _run_ray_train(job: TrainJob, task: TrainTask) -> None:
         datasets={"train": task.open},
         dataset_config=RayDataConfig(execution_options=execution_options(), enable_shard_locality=False),
     )
+    on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         trainer.fit()
+    except SystemExit as error:  # Ray Train's answer to Ctrl-C, with the exit code 0
+        raise KeyboardInterrupt from error
     except ray.train.TrainingFailedError as error:
         failures = list(getattr(error, "worker_failures", {}).values())
         for failure in [getattr(f, "cause", None) or f for f in failures]:
@@ -210,6 +214,8 @@ def _run_ray_train(job: TrainJob, task: TrainTask) -> None:
             f"training stopped after {job.scaling.max_failures} restarts: {error}; run the same command to go on from "
             "the newest checkpoint"
         ) from error
+    finally:
+        signal.signal(signal.SIGINT, on_interrupt)  # Ray Train leaves its own behind
 
 
 class Record:

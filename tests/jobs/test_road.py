@@ -30,7 +30,7 @@ SHORT = [
 def start(root: Path, *command: str) -> subprocess.Popen[str]:
     assert not ray.is_initialized(), "one Ray cluster at a time"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
-    environment |= {"BRICKYARD_TEST": "1", "OMP_NUM_THREADS": "1"}
+    environment["OMP_NUM_THREADS"] = "1"
     return subprocess.Popen(
         [sys.executable, *command, "--root", str(root)],
         cwd=CODE, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
@@ -167,10 +167,11 @@ def _session(process: Path) -> int:
         return -1
 
 
-def test_an_interrupt_ends_a_run_cleanly(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupt_ends_a_run_cleanly(number: signal.Signals, tmp_path: Path) -> None:
     process = start(tmp_path, "-m", "jobs.train", "digits", *SHORT)
     wait_for(committed(tmp_path, 1280), process)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err[-3000:]
     assert json.loads(out.splitlines()[-1]) == {"error": "interrupted", "exit_code": 130}
