@@ -36,7 +36,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module, images_seen: int, batch_images: int) -> None:
-        """Move the average after an optimizer step that took the run to ``images_seen``."""
+        """Move the average after an optimizer step that took the run to ``images_seen``, which is 1 at least."""
         half_life = min(self.config.half_life_images, self.config.warm_up * images_seen)
         keep = 0.5 ** (batch_images / half_life)
         torch._foreach_lerp_(list(self.shadow.values()), [p.detach() for p in model.parameters()], 1 - keep)
@@ -44,13 +44,15 @@ class EMA:
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:
         """Within this context the model's weights are the average; afterwards they are its own again."""
-        parameters = dict(model.named_parameters())
-        with torch.no_grad():
-            own = {name: p.detach().clone() for name, p in parameters.items()}
-            try:
-                for name, p in parameters.items():
-                    p.copy_(self.shadow[name])
-                yield
-            finally:
-                for name, p in parameters.items():
-                    p.copy_(own[name])
+        own = {name: p.detach().clone() for name, p in model.named_parameters()}
+        _fill(model, self.shadow)
+        try:
+            yield
+        finally:
+            _fill(model, own)
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, values: dict[str, Tensor]) -> None:
+    for name, p in model.named_parameters():
+        p.copy_(values[name])

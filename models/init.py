@@ -21,7 +21,7 @@ def initialize(model: nn.Module, seed: int) -> None:
     """Fill every parameter of a model in place.
 
     Convolutions and linear layers: uniform in ±1/√fan_in, torch's own default. Normalisations: scale 1, shift 0.
-    Layers that carry ``starts_at_zero``: zero.
+    Layers that carry ``starts_at_zero``: zero. Names are part of the key: this comes before any wrapper.
 
     Raises:
         TypeError: for a module with parameters of its own of a kind that is not listed above.

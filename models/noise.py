@@ -17,7 +17,7 @@ def words(seed: int, stream: str, position: Tensor, step: int, blocks: int) -> t
 
     Args:
         seed: any integer; the seed of the run.
-        stream: what the words are for; two streams never share a word.
+        stream: what the words are for; streams are independent of each other.
         position: int64 [B], the position of each image in the run, or the seed of each sample.
         step: 0 <= step < 2**32, the place within a chain that draws more than once for one image.
         blocks: how many Philox blocks of four words.

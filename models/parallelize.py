@@ -20,4 +20,6 @@ def parallelize(model: nn.Module, strategy: Strategy, device: torch.device) -> n
     model = model.to(device)
     if strategy == "single":
         return model
+    if strategy != "ddp":
+        raise ValueError(f"strategy is {strategy!r}; it must be 'single' or 'ddp'")
     return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)

@@ -31,7 +31,10 @@ def greedy(eps_theta: EpsTheta, x_T: Tensor, schedule: Schedule, noise: Noise) -
 
 
 def random(eps_theta: EpsTheta, x_T: Tensor, schedule: Schedule, noise: Noise) -> Iterator[Tensor]:
-    """σ_t = β_t: put back the variance that the demolition step took out. Exact for data of unit variance."""
+    """σ_t = β_t: put back the variance that the demolition step took out. Exact for data of unit variance.
+
+    The last of this noise stays in the picture: little of it on the whole schedule, plain to see in a few long strides.
+    """
     return _ancestral(eps_theta, x_T, schedule, noise, sigma=schedule.beta)
 
 
@@ -68,7 +71,8 @@ def ddim(eps_theta: EpsTheta, x_T: Tensor, schedule: Schedule, noise: Noise) -> 
 def dpm_solver(eps_theta: EpsTheta, x_T: Tensor, schedule: Schedule, noise: Noise) -> Iterator[Tensor]:
     """DPM-Solver++(2M) (Lu et al., 2022): second order in λ = log(ᾱ/β̄), one evaluation a step, deterministic.
 
-    The first step and the last, where λ_0 is infinite, are of first order.
+    The first step and the last, where λ_0 is infinite, are of first order; so on times that are even in t the error
+    falls with the square of the strides only as far as the last few of them allow.
     """
     lambdas = (schedule.alpha_bar / schedule.beta_bar).log()
     x, x_0_before = x_T, None

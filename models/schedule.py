@@ -5,6 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+MAX_STEPS = 100_000
+MOST_LEFT, LEAST_LEFT = 0.05, 1e-6
+"""Bounds of ᾱ_T. Above, x_T is not the noise that building starts from; below, dividing by it ruins float32."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
@@ -16,10 +20,17 @@ class ScheduleConfig:
     """β_T²; each step's β_t² grows linearly up to it."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.T < 1 << 31:
-            raise ValueError(f"schedule.T is {self.T}; it must be at least 1: try 1000")
+        if not 1 <= self.T <= MAX_STEPS:
+            raise ValueError(f"schedule.T is {self.T}; it must lie in 1..{MAX_STEPS}: try 1000")
         if not 0 < self.rate < 1:
             raise ValueError(f"schedule.rate is {self.rate}; it must lie between 0 and 1: try 0.02")
+        left = float(article(self.T, self.rate).alpha_bar[-1])
+        if not LEAST_LEFT <= left <= MOST_LEFT:
+            raise ValueError(
+                f"schedule.rate is {self.rate}; with schedule.T = {self.T} it leaves ᾱ_T = {left:.2g} of the picture "
+                f"at the end, and building starts from pure noise: ᾱ_T must lie in {LEAST_LEFT}..{MOST_LEFT}; try a rate "
+                f"of {min(20 / self.T, 0.95):.2g}"
+            )
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,7 @@ class Schedule:
     beta: Tensor
     alpha_bar: Tensor
     beta_bar: Tensor
+    log_alpha_bar: Tensor
     time: Tensor
 
     @property
@@ -51,7 +63,7 @@ class Schedule:
         if not 1 <= steps <= self.steps:
             raise ValueError(f"steps is {steps}; it must lie in 1..{self.steps}, the steps of the schedule")
         chosen = torch.linspace(0, self.steps, steps + 1, dtype=torch.float64).round().long()
-        return _from_log_alpha_bar(self.alpha_bar[chosen].log(), self.time[chosen])
+        return _from_log_alpha_bar(self.log_alpha_bar[chosen], self.time[chosen])
 
 
 def article(T: int = 1000, rate: float = 0.02) -> Schedule:
@@ -69,6 +81,7 @@ def _from_log_alpha_bar(log_alpha_bar: Tensor, time: Tensor) -> Schedule:
         beta=(-torch.expm1(2 * log_alpha)).sqrt(),
         alpha_bar=log_alpha_bar.exp(),
         beta_bar=(-torch.expm1(2 * log_alpha_bar)).sqrt(),
+        log_alpha_bar=log_alpha_bar,
         time=time,
     )
 

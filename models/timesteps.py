@@ -19,8 +19,8 @@ def stratified(seed: int, position: Tensor, batch_images: int, T: int) -> Tensor
     for s in torch.unique(batch):
         here = batch == s
         stratum[here] = _strata(seed, s.view(1), batch_images)[slot[here]]
-    fraction = ((stratum << 32) + uniform) // batch_images  # of 2**32: where in 0..T the stratum and the draw lie
-    return 1 + (fraction * T >> 32)
+    # 1 + ⌊(stratum + u) T/B⌋ for a u of 32 bits in [0, 1).
+    return 1 + (stratum * T + (uniform * T >> 32)) // batch_images
 
 
 def _strata(seed: int, batch: Tensor, batch_images: int) -> Tensor:

@@ -31,7 +31,7 @@ class UNetConfig:
                 f"network.multipliers is {self.multipliers}; it needs at least one positive number: try (1, 2)"
             )
         if self.blocks < 1:
-            raise ValueError(f"network.blocks is {self.blocks}; it must be at least 1")
+            raise ValueError(f"network.blocks is {self.blocks}; it must be at least 1: try 2")
         if self.channels < 2 or self.channels % 2:
             raise ValueError(f"network.channels is {self.channels}; it must be even and positive: try 32")
         for name, parts in (("groups", self.groups), ("heads", self.heads)):
@@ -43,15 +43,19 @@ class UNetConfig:
     def check_side(self, side: int) -> None:
         """Raise ValueError unless pictures of this side, in pixels, can be halved once per level."""
         halvings = len(self.multipliers) - 1
-        if side % (1 << halvings):
+        if side < 1 or side % (1 << halvings):
             raise ValueError(
                 f"images have a side of {side} pixels, and network.multipliers {self.multipliers} halves it {halvings} "
                 f"times; the side must be a multiple of {1 << halvings}: take fewer levels or resize the images"
             )
 
+    def idle_attention(self, side: int) -> list[int]:
+        """Return the sides that `attention` names and that no feature map has, for pictures of this side."""
+        return sorted(set(self.attention) - {side >> level for level in range(len(self.multipliers))})
+
 
 def sinusoidal(t: Tensor, size: int) -> Tensor:
-    """Encode t (int64 [B]) as sines and cosines of wavelengths from 2π to 2π·10⁴: float32 [B, size]."""
+    """Encode t (int64 [B]) as sines and cosines of wavelengths from 2π to about 2π·10⁴: float32 [B, size]."""
     frequency = torch.exp(-math.log(10_000) * torch.arange(size // 2, device=t.device) / (size // 2))
     angle = t[:, None].float() * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=1)

@@ -153,6 +153,8 @@ def _check_side(job: TrainJob, side: int) -> None:
         job.network.check_side(side)
     except ValueError as error:
         raise ConfigurationError(str(error)) from error
+    if idle := job.network.idle_attention(side):
+        log.warning("network.attention %s has no effect: no feature map has such a side", idle)
 
 
 def data_source(job: TrainJob) -> Folder:

@@ -62,7 +62,7 @@ def test_a_bad_training_job_is_refused(change: dict[str, object], message: str) 
 def test_more_steps_than_the_schedule_has_are_refused() -> None:
     job = PRESETS["digits"][1]
     with pytest.raises(ConfigurationError, match=r"draw\.steps is 20; it must be at most schedule\.T, which is 10"):
-        replace(job, schedule=replace(job.schedule, T=10))
+        replace(job, schedule=replace(job.schedule, T=10, rate=0.95))
 
 
 @pytest.mark.parametrize("seeds", ["", "5", "9-3", "a-b", "-1-4"])
