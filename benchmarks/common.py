@@ -1,5 +1,6 @@
 """What the benchmarks share: the digits in memory, micro-batches without a stream, two clocks, figures in words."""
 
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ class MicroBatch(NamedTuple):
     image: NDArray[np.uint8]
 
 
+@functools.cache
 def digits() -> NDArray[np.uint8]:
     """Return the 1,797 digits as the demo writes them: uint8 [1797, 8, 8, 1]."""
     from sklearn.datasets import load_digits

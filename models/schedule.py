@@ -28,8 +28,8 @@ class ScheduleConfig:
         if not LEAST_LEFT <= left <= MOST_LEFT:
             raise ValueError(
                 f"schedule.rate is {self.rate}; with schedule.T = {self.T} it leaves ᾱ_T = {left:.2g} of the picture "
-                f"at the end, and building starts from pure noise: ᾱ_T must lie in {LEAST_LEFT}..{MOST_LEFT}; try a rate "
-                f"of {min(20 / self.T, 0.95):.2g}"
+                f"at the end, and building starts from pure noise: ᾱ_T must lie in {LEAST_LEFT}..{MOST_LEFT}; try "
+                f"{min(20 / self.T, 0.95):.2g}"
             )
 
 
