@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeVar
 
 import tyro
 
-from pipelines.config import overlay, to_yaml
+from pipelines.config import file_as_flags, to_yaml
 from pipelines.errors import ConfigurationError, DataError, TryAgainError
 from pipelines.invocation import Invocation
 
@@ -37,7 +37,7 @@ def parse(cls: type[J], presets: dict[str, tuple[str, J]], argv: list[str]) -> I
     if argv and not argv[0].startswith("-"):
         default, argv = _preset(presets, argv[0]), argv[1:]
     if file := _flag(argv, "--config"):
-        default = overlay(cls, default, file)
+        argv = [*file_as_flags(cls, file), *argv]
     lines = [cls.__doc__ or "", "", EXIT_CODES]
     if presets:
         lines[1:1] = [
@@ -103,6 +103,10 @@ def run(
             print("# the resolved configuration\n" + to_yaml(asked.job), file=sys.stderr, end="", flush=True)
             outcome = (plan if asked.dry_run else work)(asked.job)
             code = DONE
+    except SystemExit as error:  # --help, or flags that the command line's library has already spoken about
+        if not error.code:
+            raise
+        outcome, code = {"error": "the command line cannot be used; see stderr"}, BAD_CONFIGURATION
     except KeyboardInterrupt:
         log.error("interrupted; run the same command to go on")
         outcome, code = {"error": "interrupted"}, INTERRUPTED

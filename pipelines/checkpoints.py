@@ -24,7 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
-from pipelines.errors import DataError
+from pipelines.errors import DamagedError, DataError
 from pipelines.fit import State, World
 from pipelines.storage import Folder
 
@@ -86,6 +86,11 @@ def commit(run: Folder, state: State, about: Checkpoint, world: World) -> Checkp
         parts = [None] * world.size
         dist.all_gather_object(parts, mine)  # also the barrier after which everything is there
     files = {name: entry for part in parts for name, entry in part.items()}
+    if unseen := files.keys() - set(folder.names()):
+        raise DataError(
+            f"{folder.url} is not the same folder for all workers: {sorted(unseen)} were written and are not there; "
+            "give a --root on storage that all nodes share"
+        )
     manifest = Checkpoint(**{**asdict(about), "position": state.position, "files": files})
     if world.rank == 0:
         folder.put(MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
@@ -94,13 +99,15 @@ def commit(run: Folder, state: State, about: Checkpoint, world: World) -> Checkp
     return manifest
 
 
-def keep_newest(run: Folder, keep: int) -> None:
-    """Delete all but the newest committed checkpoints, and what a crash left of uncommitted older ones. (rank 0)"""
+def keep_newest(run: Folder, keep: int, position: int) -> None:
+    """Tidy up after the commit at a position: keep that checkpoint and the committed ones before it. (rank 0)
+
+    What lies beyond the position is damaged or half written, since the run came back to before it; it goes as well.
+    """
     names = [name for name in run.names() if name.startswith(PREFIX)]
-    committed = [name for name in names if (run / name).exists(MANIFEST)]
-    for name in names:
-        if committed[-keep:] and name < committed[-keep:][0]:
-            (run / name).delete()
+    until_here = [name for name in names if name <= folder_name(position) and (run / name).exists(MANIFEST)]
+    for name in set(names) - set(until_here[-keep:]):
+        (run / name).delete()
 
 
 def read(folder: Folder) -> Checkpoint:
@@ -113,7 +120,7 @@ def read(folder: Folder) -> Checkpoint:
     try:
         return TypeAdapter(Checkpoint).validate_json(text)
     except ValidationError as error:
-        raise DataError(f"{folder.url}/{MANIFEST} is not the manifest of a checkpoint: {error}") from error
+        raise DamagedError(f"{folder.url}/{MANIFEST} is not the manifest of a checkpoint: {error}") from error
 
 
 def read_verified(folder: Folder) -> Checkpoint:
@@ -136,7 +143,7 @@ def newest(run: Folder) -> tuple[Folder, Checkpoint] | None:
             continue
         try:
             return folder, read_verified(folder)
-        except DataError as error:
+        except DamagedError as error:
             log.warning("passing over a damaged checkpoint: %s", error)
     return None
 
@@ -196,11 +203,11 @@ def _verified(folder: Folder, checkpoint: Checkpoint) -> Iterator[Path]:
             path = Path(local) / name
             folder.download(name, path)
             if path.stat().st_size != size:
-                raise DataError(f"{folder.url}/{name} has {path.stat().st_size} bytes, {size} were committed")
+                raise DamagedError(f"{folder.url}/{name} has {path.stat().st_size} bytes, {size} were committed")
             with path.open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != sha256:
-                raise DataError(f"{folder.url}/{name} has sha256 {found[:16]}…, {sha256[:16]}… was committed")
+                raise DamagedError(f"{folder.url}/{name} has sha256 {found[:16]}…, {sha256[:16]}… was committed")
         yield Path(local)
 
 

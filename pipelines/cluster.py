@@ -44,6 +44,7 @@ def cluster() -> Iterator[None]:
         for name in ("ray", "ray.data", "ray.train"):
             logging.getLogger(name).setLevel(level)
         DataContext.get_current().enable_progress_bars = verbose
+        DataContext.get_current().raise_original_map_exception = True  # our errors, not Ray's around them
         yield
     finally:
         ray.shutdown()

@@ -8,6 +8,7 @@ import difflib
 import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -72,6 +73,13 @@ class TrackingConfig:
     """An MLflow tracking URI, or `none`. Empty: MLFLOW_TRACKING_URI if that is set, else SQLite in the root."""
     experiment: str = "brickyard"
     """The MLflow experiment."""
+
+    def __post_init__(self) -> None:
+        if "@" in urlsplit(self.uri).netloc:
+            raise ConfigurationError(
+                "tracking.uri holds a password, and configurations are printed and kept: leave it out and set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,22 +246,24 @@ def _reject_unknown(cls: Any, content: Any, where: str, prefix: str = "") -> Non
             _reject_unknown(known[name], value, where, f"{prefix}{name}.")
 
 
-def overlay(cls: type[T], config: T | None, file: str) -> T:
-    """Return the configuration with what a YAML file says in place of its own; without one, the file's alone.
+def file_as_flags(cls: type[Any], file: str) -> list[str]:
+    """Return what a YAML file says as the flags that would say it, so that later flags can say otherwise.
 
     Raises:
-        ConfigurationError: if the file cannot be read or says what cannot be.
+        ConfigurationError: if the file cannot be read, or names a field that does not exist.
     """
-    folder, _, name = file.rpartition("/")
+    folder, slash, name = file.rpartition("/")
     try:
-        content = yaml.safe_load(Folder(folder or ".").get(name))
+        content = yaml.safe_load(Folder(folder or slash or ".").get(name))
     except (yaml.YAMLError, DataError) as error:
         raise ConfigurationError(f"--config {file}: {error}") from error
     _reject_unknown(cls, content, file)
-    return from_dict(cls, _merged(to_dict(config), content) if config is not None else content, file)
-
-
-def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    return under | {
-        name: _merged(under[name], value) if isinstance(value, dict) else value for name, value in over.items()
-    }
+    flags: list[str] = []
+    for field_, value in flatten(content).items():
+        path = field_.replace("_", "-")
+        if isinstance(value, bool):
+            group, _, leaf = path.rpartition(".")
+            flags.append(f"--{path}" if value else f"--{group}.no-{leaf}".replace("--.", "--"))
+        else:
+            flags += [f"--{path}", *map(str, value if isinstance(value, list) else [value])]
+    return flags

@@ -5,6 +5,8 @@ import numpy as np
 from pipelines.images import encode
 from pipelines.storage import Folder
 
+DIGITS = 1797
+
 
 def write_digits(folder: Folder) -> None:
     """Write ``<label>/<index>.png`` for each digit, 8 × 8 pixels in grey, unless all are there."""

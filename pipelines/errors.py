@@ -9,5 +9,9 @@ class DataError(Exception):
     """Data or storage cannot be used as they are: exit 3."""
 
 
+class DamagedError(DataError):
+    """An object is missing, or is not what was written."""
+
+
 class TryAgainError(Exception):
     """Something outside failed that may be well later; the same command continues: exit 75 (EX_TEMPFAIL)."""

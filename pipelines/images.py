@@ -43,6 +43,8 @@ def read_picture(data: bytes, channels: Literal[1, 3], side: int | None) -> Pixe
             upright = ImageOps.exif_transpose(image)
             if upright.has_transparency_data:
                 upright = Image.alpha_composite(Image.new("RGBA", upright.size, "black"), upright.convert("RGBA"))
+            if upright.mode.startswith("I"):  # 16 bits; convert() would clip them
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
             picture = upright.convert("L" if channels == 1 else "RGB")
             if side is not None and picture.size != (side, side):
                 picture = ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS)

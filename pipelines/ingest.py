@@ -110,7 +110,9 @@ class IngestPlan:
         order = permute(np.arange(len(images)), len(images), stream_key(0, "ingest"))
         parents = [PurePosixPath(path).parent.name for path, _ in images]
         labels = sorted(set(parents)) if all(parents) else []
-        what = json.dumps([asdict(config), images])
+        form = asdict(config)
+        del form["max_bad_share"]  # decides whether to go on, not what is made
+        what = json.dumps([form, images])
         return IngestPlan(
             source, out, config, [images[i][0] for i in order], labels, hashlib.sha256(what.encode()).hexdigest()
         )
@@ -121,7 +123,12 @@ class IngestPlan:
 
     @property
     def complete(self) -> bool:
+        """Whether the data set is there already."""
         return self.out.exists(NAME)
+
+    def finished(self) -> Manifest | None:
+        """Return the manifest of the data set if it is there already."""
+        return Manifest.load(self.out) if self.complete else None
 
     def shard_name(self, shard: int) -> str:
         return f"shard-{shard:06d}.parquet"
@@ -140,6 +147,7 @@ class WriteShard:
         bad: list[dict[str, str]] = []
         for start in range(0, len(paths), FETCH):
             several = paths[start : start + FETCH]
+            # A fetch that fails raises: only what a file holds can make it a bad one.
             for path, data in zip(several, plan.source.get_many(several), strict=True):
                 try:
                     rows.append((self._encoded(data), self._label(path), path))
@@ -155,9 +163,7 @@ class WriteShard:
         plan.out.put(f"{RECORDS}/{shard:06d}.json", json.dumps(asdict(record)).encode())
         return {"shard": shard, "images": len(rows), "bad": len(bad)}
 
-    def _encoded(self, data: bytes | DataError) -> bytes:
-        if isinstance(data, DataError):
-            raise BadImageError(str(data))
+    def _encoded(self, data: bytes) -> bytes:
         config = self.plan.config
         return encode(read_picture(data, config.channels, config.side), config.encoding)
 
@@ -221,8 +227,8 @@ def _finish(plan: IngestPlan) -> Manifest:
     if len(bad) > plan.config.max_bad_share * len(plan.paths) or len(bad) == len(plan.paths):
         raise DataError(
             f"{len(bad)} of {len(plan.paths)} files are unusable, more than ingest.max_bad_share = "
-            f"{plan.config.max_bad_share} allows; the first: {bad[0]['path']}: {bad[0]['reason']}; mend or remove the "
-            f"files in {plan.out.url}/{QUARANTINE}, or raise the share, and ingest into a new folder"
+            f"{plan.config.max_bad_share} allows; the first: {bad[0]['path']}: {bad[0]['reason']}; raise the share, or "
+            f"mend the files that {plan.out.url}/{QUARANTINE} lists and ingest into another folder"
         )
     manifest = Manifest(
         side=plan.config.side,

@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
 import torch
-from ray.data import ActorPoolStrategy, DataContext
+from ray.data import ActorPoolStrategy
 
 from models.samplers import SAMPLERS, sample
+from models.unet import UNet
 from pipelines.cluster import cluster
 from pipelines.config import DrawConfig, SampleJob
 from pipelines.errors import ConfigurationError, DataError
@@ -67,8 +69,12 @@ class DrawShard:
         torch.set_num_threads(1)
         self.plan = plan
         self.device = torch.device("cuda" if plan.draw.use_gpu else "cpu")
-        self.network = plan.trained.network(averaged=plan.draw.weights == "ema").to(self.device)
         self.schedule = plan.trained.schedule()
+
+    @cached_property
+    def network(self) -> UNet:
+        # Not in the constructor: what fails there is told as a dead actor, and tried again.
+        return self.plan.trained.network(averaged=self.plan.draw.weights == "ema").to(self.device)
 
     def __call__(self, rows: dict[str, Any]) -> Iterator[dict[str, Any]]:
         for shard in rows["id"].tolist():
@@ -143,7 +149,8 @@ def draw_samples(plan: SamplePlan) -> dict[str, Any]:
         DataError: if storage refuses, or a shard does not hold what it must.
     """
     out, began = plan.out, time.perf_counter()
-    _claim(plan)
+    if not out.create("plan.json", json.dumps(identity(plan), indent=1).encode()):
+        _check_claim(plan)
     present = set(out.names())
     missing = [shard for shard in range(plan.shards) if plan.shard_name(shard) not in present]
     drawn = 0
@@ -154,7 +161,7 @@ def draw_samples(plan: SamplePlan) -> dict[str, Any]:
                 drawn += row["images"]
                 log.info("sample: shard %d, %d images in %.1f s", row["shard"], row["images"], row["seconds"])
     seconds = time.perf_counter() - began
-    if SUCCESS not in present:
+    if missing or SUCCESS not in present:
         _finish(plan)
     return {
         "samples": out.url,
@@ -168,28 +175,28 @@ def draw_samples(plan: SamplePlan) -> dict[str, Any]:
     }
 
 
-def _claim(plan: SamplePlan) -> None:
-    """Write down what the folder is for, before the first shard; refuse one that is for something else."""
-    settings = {
-        **plan.lineage,
-        "seeds": [plan.seeds.start, plan.seeds.stop - 1],
-        "shard_images": plan.draw.shard_images,
-    }
-    del settings["git_revision"], settings["checkpoint"]  # the digest says which; a run may have been moved
-    if not plan.out.create("plan.json", json.dumps(settings, indent=1).encode()):
-        earlier = json.loads(plan.out.get("plan.json"))
-        differing = [name for name in settings if settings[name] != earlier.get(name)]
-        if differing:
-            name = differing[0]
+def identity(plan: SamplePlan) -> dict[str, Any]:
+    """Return what makes a set of samples the one that it is."""
+    settings = {**plan.lineage, "shard_images": plan.draw.shard_images}
+    settings["seeds"] = [plan.seeds.start, plan.seeds.stop - 1]
+    # The digest says which checkpoint, wherever it lies now and whoever keeps the record.
+    for name in ("git_revision", "checkpoint", "data_url", "tracking_uri"):
+        del settings[name]
+    return settings
+
+
+def _check_claim(plan: SamplePlan) -> None:
+    """Refuse a folder that holds other samples."""
+    mine, theirs = identity(plan), json.loads(plan.out.get("plan.json"))
+    for name in mine:
+        if mine[name] != theirs.get(name):
             raise ConfigurationError(
-                f"{plan.out.url} holds other samples: their {name} is {earlier.get(name)}, this job's is "
-                f"{settings[name]}; give another --out, or delete that folder"
+                f"{plan.out.url} holds other samples: their {name} is {theirs.get(name)}, this job's is {mine[name]}; "
+                "give another --out, or delete that folder"
             )
 
 
 def _draw_missing(plan: SamplePlan, missing: list[int]) -> ray.data.Dataset:
-    # An actor that cannot load the network will not do better the next time.
-    DataContext.get_current().max_consecutive_actor_init_deaths = 0
     actors = min(plan.draw.actors, len(missing))
     return ray.data.from_items([{"id": shard} for shard in missing], override_num_blocks=len(missing)).map_batches(
         DrawShard,
@@ -205,7 +212,10 @@ def _finish(plan: SamplePlan) -> None:
     files = [_read_shard(plan, shard) for shard in range(plan.shards)]
     first = read_samples(out, [plan.shard_name(0)], plan.trained.checkpoint.shape)[:SHEET_IMAGES]
     out.put(SHEET, encode(contact_sheet(first), "png"))
-    out.put(STRIP, encode(draw_strip(plan), "png"))
+    try:
+        out.put(STRIP, encode(draw_strip(plan), "png"))
+    except DataError as error:
+        log.warning("no strip, since the training data cannot be read: %s", error)
     about = {
         "seeds": [plan.seeds.start, plan.seeds.stop - 1],
         "shape": list(plan.trained.checkpoint.shape),
@@ -283,6 +293,8 @@ def dry_run(job: SampleJob) -> dict[str, Any]:
     """Return what the job would do, having verified the checkpoint and changed nothing."""
     plan = plan_samples(job)
     present = set(plan.out.names())
+    if "plan.json" in present:
+        _check_claim(plan)
     missing = [shard for shard in range(plan.shards) if plan.shard_name(shard) not in present]
     return {
         "dry_run": True,

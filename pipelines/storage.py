@@ -10,6 +10,7 @@ import errno
 import os
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,12 @@ from urllib.parse import urlsplit
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from pipelines.errors import ConfigurationError, DataError
+from pipelines.errors import ConfigurationError, DamagedError, DataError, TryAgainError
+
+FETCHERS = 16
+"""Objects that are fetched at once."""
+_UMASK = os.umask(0o022)
+os.umask(_UMASK)  # reading it is setting it
 
 
 def absolute(url: str) -> str:
@@ -43,9 +49,11 @@ def _told(url: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise DataError(f"{url} does not exist") from error
+        raise DamagedError(f"{url} does not exist") from error
     except (ConfigurationError, DataError):
         raise
+    except (TimeoutError, ConnectionError) as error:
+        raise TryAgainError(f"{url} does not answer: {type(error).__name__}: {error}; try again later") from error
     except Exception as error:  # every storage client has exceptions of its own
         raise DataError(
             f"{url} cannot be read or written: {type(error).__name__}: {error}; check the address, the credentials and "
@@ -79,7 +87,8 @@ class Folder:
         """The fsspec file system of the URL."""
         scheme = urlsplit(self.url).scheme
         try:
-            return fsspec.filesystem(scheme)
+            # Other processes write here too: what was listed a moment ago is not what is there.
+            return fsspec.filesystem(scheme, use_listings_cache=False)
         except ImportError as error:
             raise ConfigurationError(f"{self.url} needs a driver that is not installed: {error}") from error
         except ValueError as error:
@@ -111,12 +120,10 @@ class Folder:
         with _told(f"{self.url}/{name}"):
             return bytes(self.filesystem.cat_file(self.path(name)))
 
-    def get_many(self, names: list[str]) -> list[bytes | DataError]:
-        """Return the bytes of several objects, fetched side by side, each or what went wrong with it."""
-        with _told(self.url):
-            found = self.filesystem.cat([self.path(name) for name in names], on_error="return") if names else {}
-        results = [found[self.path(name)] for name in names]
-        return [r if isinstance(r, bytes) else DataError(f"{type(r).__name__}: {r}") for r in results]
+    def get_many(self, names: list[str]) -> list[bytes]:
+        """Return the bytes of several objects, fetched side by side."""
+        with ThreadPoolExecutor(FETCHERS) as pool:
+            return list(pool.map(self.get, names))
 
     def open(self, name: str) -> IO[bytes]:
         """Open an object for random reads."""
@@ -138,6 +145,8 @@ class Folder:
 
     def create(self, name: str, data: bytes) -> bool:
         """Write an object if there is none of its name. Return whether this call made it."""
+        if not self.is_local and self.exists(name):  # a server that knows no conditional write would overwrite it
+            return False
         with _told(f"{self.url}/{name}"):
             try:
                 if self.is_local:
@@ -187,7 +196,7 @@ def _complete_file(path: str, data: bytes) -> Iterator[str]:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # noqa: PTH101
+        os.chmod(temporary, 0o666 & ~_UMASK)  # noqa: PTH101
         yield temporary
     finally:
         with contextlib.suppress(FileNotFoundError):

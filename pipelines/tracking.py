@@ -1,6 +1,6 @@
 """The record of runs in MLflow: the only file that imports it.
 
-One named run is one MLflow run, across restarts: it is found again by a tag that holds the URL of the run's folder.
+One named run is one MLflow run, across restarts: it is found again by a tag with the id in the run's folder.
 MLflow is spoken to from the driver alone, so that no worker ever waits for it; and a tracker that fails costs the
 record, not the run: every call that fails is said once and passed over.
 """
@@ -10,7 +10,6 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit, urlunsplit
@@ -84,9 +83,18 @@ def resolve_uri(config: TrackingConfig, root: Folder) -> str:
 
 
 def open_tracker(
-    config: TrackingConfig, root: Folder, run: Folder, parameters: dict[str, Any], tags: dict[str, str]
+    config: TrackingConfig, root: Folder, name: str, run_id: str, parameters: dict[str, Any], tags: dict[str, str]
 ) -> Tracker:
-    """Find or create the MLflow run of a run's folder and set it RUNNING. Never fails: it may return a NoTracker."""
+    """Find or create the MLflow run of a run and set it RUNNING. Never fails: it may return a NoTracker.
+
+    Args:
+        config: where.
+        root: for SQLite, and for pictures and files beside it.
+        name: the run's name in MLflow; several may have it.
+        run_id: our own id of the run, by which it is found again.
+        parameters: logged once; those that are on record already are left as they are.
+        tags: set anew at each start.
+    """
     uri = resolve_uri(config, root)
     if uri == "none":
         return NoTracker()
@@ -95,10 +103,26 @@ def open_tracker(
     try:
         if uri.startswith("sqlite:///"):
             os.makedirs(os.path.dirname(uri.removeprefix("sqlite:///")), exist_ok=True)  # noqa: PTH103, PTH120
-        return _MLflowTracker(uri, config.experiment, artifacts, run, parameters, tags)
+        return _MLflowTracker(uri, config.experiment, artifacts, (name, run_id), parameters, tags)
     except Exception as error:  # whatever the tracker has, the training goes on
         log.warning("MLflow at %s cannot be used, so nothing is recorded: %s", without_password(uri), error)
         return NoTracker()
+
+
+def reach(uri: str) -> str:
+    """Return what a tracking URI answers, in a few words, having changed nothing there."""
+    if uri == "none":
+        return "none"
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        return f"{uri}, to be made"
+    _be_brief()
+    from mlflow import MlflowClient
+
+    try:
+        MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
+    except Exception as error:
+        return f"{without_password(uri)} does not answer, so nothing would be recorded: {error}"
+    return f"{without_password(uri)} answers"
 
 
 def record_score(uri: str, run_id: str, name: str, value: float, position: int) -> bool:
@@ -138,12 +162,12 @@ class _MLflowTracker:
         uri: str,
         experiment: str,
         artifacts: str | None,
-        run: Folder,
+        run: tuple[str, str],
         parameters: dict[str, Any],
         tags: dict[str, str],
     ) -> None:
         from mlflow import MlflowClient
-        from mlflow.entities import ViewType
+        from mlflow.entities import Param, ViewType
 
         self._client = MlflowClient(tracking_uri=uri)
         self._lock = threading.Lock()
@@ -151,8 +175,9 @@ class _MLflowTracker:
         experiment_id = (
             found.experiment_id if found else self._client.create_experiment(experiment, artifact_location=artifacts)
         )
+        name, our_id = run
         same = self._client.search_runs(
-            [experiment_id], f"tags.`{TAG}` = '{run.url}'", ViewType.ACTIVE_ONLY, max_results=1
+            [experiment_id], f"tags.`{TAG}` = '{our_id}'", ViewType.ACTIVE_ONLY, max_results=1
         )
         self._known: dict[str, int] = {}  # the last position that is on record for each metric, as far as looked up
         self._resumed = bool(same)
@@ -160,7 +185,7 @@ class _MLflowTracker:
             self.run_id = same[0].info.run_id
             self._client.update_run(self.run_id, status="RUNNING")
         else:
-            created = self._client.create_run(experiment_id, tags={TAG: run.url}, run_name=run.name)
+            created = self._client.create_run(experiment_id, tags={TAG: our_id}, run_name=name)
             self.run_id = created.info.run_id
         self.url = (
             f"{uri}/#/experiments/{experiment_id}/runs/{self.run_id}"
@@ -168,9 +193,9 @@ class _MLflowTracker:
             else f"{Path(sys.prefix) / 'bin' / 'mlflow'} server --backend-store-uri {uri} --port 5000"
         )
         known = same[0].data.params if same else {}
-        for name, value in parameters.items():
-            if name not in known:  # a parameter that may change between starts keeps its first value
-                self._try(partial(self._client.log_param, self.run_id, name, str(value)[:MAX_PARAM_CHARS]))
+        # A parameter that may change between starts keeps its first value.
+        new = [Param(key, str(value)[:MAX_PARAM_CHARS]) for key, value in parameters.items() if key not in known]
+        self._try(lambda: self._client.log_batch(self.run_id, params=new))
         self.tags(tags)
 
     def metrics(self, values: dict[str, float], position: int) -> None:
@@ -204,8 +229,10 @@ class _MLflowTracker:
             self._try(lambda: self._client.log_artifact(self.run_id, str(path)))
 
     def tags(self, values: dict[str, str]) -> None:
-        for name, value in values.items():
-            self._try(partial(self._client.set_tag, self.run_id, name, value))
+        from mlflow.entities import RunTag
+
+        tags = [RunTag(name, value) for name, value in values.items()]
+        self._try(lambda: self._client.log_batch(self.run_id, tags=tags))
 
     def finish(self, status: Status) -> None:
         self._try(lambda: self._client.set_terminated(self.run_id, status))

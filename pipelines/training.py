@@ -3,6 +3,7 @@
 All of this runs in the driver; what the workers do is in :mod:`pipelines.workers`.
 """
 
+import hashlib
 import json
 import logging
 import time
@@ -19,16 +20,18 @@ from pipelines import checkpoints
 from pipelines.checkpoints import Checkpoint
 from pipelines.cluster import cluster
 from pipelines.config import SampleJob, TrainJob, flatten, to_dict, to_yaml
-from pipelines.digits import write_digits
+from pipelines.digits import DIGITS, write_digits
 from pipelines.errors import ConfigurationError
 from pipelines.ingest import IngestPlan, ingest
 from pipelines.lineage import Trained, git_revision
 from pipelines.manifest import NAME, Manifest
 from pipelines.sampling import SHEET, STRIP, draw_samples, plan_samples
-from pipelines.scoring import METRIC, Comparison, score
+from pipelines.scoring import MAX_FEATURES, METRIC, Comparison, score
 from pipelines.storage import Folder
-from pipelines.tracking import Tracker, open_tracker, resolve_uri, without_password
+from pipelines.tracking import Tracker, open_tracker, reach, resolve_uri, without_password
 from pipelines.workers import run_workers
+
+RUN = "run.json"
 
 log = logging.getLogger("brickyard.train")
 
@@ -81,18 +84,19 @@ def _train_on(job: TrainJob, data: Folder, manifest: Manifest) -> dict[str, Any]
     log.info(
         "data: %d images of %s, digest %s", manifest.rows, "x".join(map(str, manifest.shape)), manifest.digest[:12]
     )
-    restarts = claim(job, manifest)
+    run_id, start = claim(job, manifest)
     tracker = open_tracker(
         job.tracking,
         Folder(job.root),
-        job.run,
+        job.name,
+        run_id,
         parameters=flatten(to_dict(job))
         | {"data_digest": manifest.digest, "parameters": count_parameters(job, manifest)},
         tags={
             "brickyard.git_revision": git_revision(),
             "brickyard.data_digest": manifest.digest,
             "brickyard.workers": str(job.scaling.workers),
-            "brickyard.starts": str(restarts),
+            "brickyard.starts": str(start),
         },
     )
     try:
@@ -139,20 +143,26 @@ def find_data(job: TrainJob) -> tuple[Folder, Manifest | IngestPlan]:
     source = data_source(job)
     if source.exists(NAME):
         manifest = Manifest.load(source)
-        _check_side(job, manifest.side)
+        _check_shape(job, manifest.side, manifest.channels)
         return source, manifest
-    _check_side(job, job.data.ingest.side)
+    _check_shape(job, job.data.ingest.side, job.data.ingest.channels)
     if job.data.builtin == "digits":
         write_digits(source)
     out = data_folder(job)
     return out, IngestPlan.make(source, out, job.data.ingest)
 
 
-def _check_side(job: TrainJob, side: int) -> None:
+def _check_shape(job: TrainJob, side: int, channels: int) -> None:
     try:
         job.network.check_side(side)
     except ValueError as error:
         raise ConfigurationError(str(error)) from error
+    pixels = side * side * channels
+    if job.evaluate_images and pixels > MAX_FEATURES:
+        raise ConfigurationError(
+            f"evaluate_images is {job.evaluate_images}; the score knows pixels only, up to {MAX_FEATURES} of them, and "
+            f"these images have {pixels}: give --evaluate-images 0, and draw samples with jobs/sample.py"
+        )
     if idle := job.network.idle_attention(side):
         log.warning("network.attention %s has no effect: no feature map has such a side", idle)
 
@@ -166,9 +176,10 @@ def data_source(job: TrainJob) -> Folder:
 
 def data_folder(job: TrainJob) -> Folder:
     """Return where the raw images of a job are ingested to: one folder for each source and form."""
-    form, source = job.data.ingest, data_source(job)
-    tag = uuid.uuid5(uuid.NAMESPACE_URL, source.url).hex[:8]
-    return Folder(job.root) / "data" / f"{source.name}-{tag}-{form.side}x{form.side}x{form.channels}-{form.encoding}"
+    source, form = data_source(job), to_dict(job.data.ingest)
+    del form["max_bad_share"]
+    tag = hashlib.sha256(json.dumps([source.url, form]).encode()).hexdigest()[:8]
+    return Folder(job.root) / "data" / f"{source.name}-{form['side']}x{form['side']}x{form['channels']}-{tag}"
 
 
 def identity(job: TrainJob, manifest: Manifest) -> dict[str, Any]:
@@ -181,28 +192,36 @@ def identity(job: TrainJob, manifest: Manifest) -> dict[str, Any]:
     return kept | {"data digest": manifest.digest}
 
 
-def claim(job: TrainJob, manifest: Manifest) -> int:
-    """Write down what the run is, at its first start; later, refuse one that is another. Return which start this is.
+def claim(job: TrainJob, manifest: Manifest) -> tuple[str, int]:
+    """Write down what the run is, at its first start; later, refuse one that is another.
+
+    Returns:
+        An id that no other run has, wherever it is recorded; and which start this is.
 
     Raises:
         ConfigurationError: naming each field that differs.
     """
     mine = identity(job, manifest)
-    if not job.run.create("run.json", json.dumps(mine, indent=1).encode()):
-        theirs = json.loads(job.run.get("run.json"))
-        differing = [
-            f"{name} was {theirs.get(name)}, is {mine.get(name)}"
-            for name in sorted(mine | theirs)
-            if mine.get(name) != theirs.get(name)
-        ]
-        if differing:
-            raise ConfigurationError(
-                f"{job.run.url} is another run: {'; '.join(differing)}. Give this one another --name, or repeat the "
-                "settings of that one to continue it"
-            )
+    if not job.run.create(RUN, json.dumps({"id": uuid.uuid4().hex, "identity": mine}, indent=1).encode()):
+        check_claim(job, manifest)
     start = sum(name.startswith("start-") for name in job.run.names()) + 1
     job.run.put(f"start-{start:04d}.yaml", to_yaml(job).encode())
-    return start
+    return json.loads(job.run.get(RUN))["id"], start
+
+
+def check_claim(job: TrainJob, manifest: Manifest) -> None:
+    """Raise ConfigurationError if the run's folder is that of another run, naming each field that differs."""
+    mine, theirs = identity(job, manifest), json.loads(job.run.get(RUN))["identity"]
+    differing = [
+        f"{name} was {theirs.get(name)}, is {mine.get(name)}"
+        for name in sorted(mine | theirs)
+        if mine.get(name) != theirs.get(name)
+    ]
+    if differing:
+        raise ConfigurationError(
+            f"{job.run.url} is another run: {'; '.join(differing)}. Give this one another --name, or repeat the "
+            "settings of that one to continue it"
+        )
 
 
 def describe(job: TrainJob, data: Folder, manifest: Manifest, tracker: Tracker) -> Checkpoint:
@@ -246,12 +265,15 @@ def export(job: TrainJob) -> str:
 
 def evaluate(job: TrainJob, tracker: Tracker) -> dict[str, Any]:
     """Draw samples from the newest checkpoint, score them, and record both."""
-    position = Trained.find(job.run.url).checkpoint.position
-    folder = Folder(job.root) / "samples" / f"{job.name}-{position}"
+    trained = Trained.find(job.run.url)
+    position = trained.checkpoint.position
+    # Other settings, or other weights at the same position, make other samples, in a folder of their own.
+    what = [trained.checkpoint.digest, to_dict(job.draw), job.evaluate_images]
+    tag = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:8]
+    folder = Folder(job.root) / "samples" / f"{job.name}-{position}-{tag}"
+    seeds = f"0-{job.evaluate_images - 1}"
     drawn = draw_samples(
-        plan_samples(
-            SampleJob(checkpoint=job.run.url, out=folder.url, seeds=f"0-{job.evaluate_images - 1}", draw=job.draw)
-        )
+        plan_samples(SampleJob(checkpoint=trained.folder.url, out=folder.url, seeds=seeds, draw=job.draw))
     )
     result = score(Comparison.find(folder, reference=None))
     tracker.metrics({METRIC: result[METRIC]}, position)
@@ -266,20 +288,24 @@ def evaluate(job: TrainJob, tracker: Tracker) -> dict[str, Any]:
 
 
 def dry_run(job: TrainJob) -> dict[str, Any]:
-    """Return what the job would do, having reached storage and changed nothing.
+    """Return what the job would do, having looked at the data, the run's folder and the tracker and changed nothing.
 
     Raises:
-        What :func:`train` would raise at its start.
+        ConfigurationError: if the run's folder is that of another run, or the images do not fit.
+        DataError: if data or storage cannot be used.
     """
-    if job.data.builtin == "digits":
-        images, side, channels = 1797, job.data.ingest.side, int(job.data.ingest.channels)
+    if job.data.builtin == "digits" and not data_source(job).names():
+        form = job.data.ingest
+        images, side, channels = DIGITS, form.side, int(form.channels)
     else:
         _, data = find_data(job)
-        images = data.rows if isinstance(data, Manifest) else len(data.paths)
-        shape = data if isinstance(data, Manifest) else data.config
+        manifest = data.finished() if isinstance(data, IngestPlan) else data
+        if manifest and job.run.exists(RUN):
+            check_claim(job, manifest)
+        images = len(data.paths) if isinstance(data, IngestPlan) else data.rows
+        shape = data.config if isinstance(data, IngestPlan) else data
         side, channels = shape.side, int(shape.channels)
-    _check_side(job, side)
-    resolve_uri(job.tracking, Folder(job.root))
+    _check_shape(job, side, channels)
     found = checkpoints.newest(job.run)
     return {
         "dry_run": True,
@@ -288,6 +314,7 @@ def dry_run(job: TrainJob) -> dict[str, Any]:
         "steps": job.fit.images // job.fit.batch_images,
         "starts_at": found[1].position if found else 0,
         "memory_per_worker_bytes": memory_per_worker(job, side, channels),
+        "tracker": reach(resolve_uri(job.tracking, Folder(job.root))),
         "run": job.run.url,
     }
 

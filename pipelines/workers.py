@@ -13,6 +13,7 @@ import threading
 import time
 import uuid
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import pyarrow.fs
 import ray
@@ -81,6 +82,17 @@ class Started:
 
 
 @dataclass(frozen=True)
+class Diverged:
+    """The gradient was not finite, which it would be again: the workers have stopped of themselves."""
+
+    position: int
+    reason: str
+
+
+Message: TypeAlias = Report | Picture | Committed | Started | Diverged
+
+
+@dataclass(frozen=True)
 class TrainTask:
     """All that the controller and the workers need, as one object."""
 
@@ -124,10 +136,10 @@ class WorkerListener:
         began = time.perf_counter()
         checkpoints.commit(self.task.job.run, state, self.task.about, self.world)
         if self.world.rank == 0:
-            checkpoints.keep_newest(self.task.job.run, self.task.job.keep_checkpoints)
+            checkpoints.keep_newest(self.task.job.run, self.task.job.keep_checkpoints, state.position)
             self.send(Committed(state.position, time.perf_counter() - began))
 
-    def send(self, message: Report | Picture | Committed | Started) -> None:
+    def send(self, message: Message) -> None:
         """Hand a message to the driver, or drop it: the record never holds training up."""
         try:
             self.task.wire.put_nowait(message)
@@ -155,7 +167,11 @@ def train_worker(task: TrainTask) -> None:
     if world.rank == 0:
         listener.send(Started(state.position, world.size))
     stream = batches(ray.train.get_dataset_shard("train"), task.deal(state.position), world.rank, world.size)
-    fit(job.fit, state, schedule_of(job.schedule), job.seed, stream, listener, world)
+    try:
+        fit(job.fit, state, schedule_of(job.schedule), job.seed, stream, listener, world)
+    except DivergedError as error:  # on all ranks at once: to start again would end the same
+        if world.rank == 0:
+            task.wire.put(Diverged(state.position, str(error)))
 
 
 def run_workers(
@@ -165,7 +181,8 @@ def run_workers(
 
     Raises:
         DivergedError: if the gradient is not finite.
-        TryAgainError: if workers failed more often than allowed.
+        TryAgainError: if workers failed more often than allowed, or something outside did.
+        DataError: if data or storage cannot be used.
     """
     wire = Queue(MAX_WAITING, actor_options={"num_cpus": 0})
     record = Record(wire, tracker, job.fit.images)
@@ -174,12 +191,15 @@ def run_workers(
     finally:
         record.close()
         wire.shutdown()
-        (job.run / "ray").delete()
+    if record.diverged:
+        raise DivergedError(record.diverged)
     return record.last
 
 
 def _run_ray_train(job: TrainJob, task: TrainTask) -> None:
-    folder = job.run / "ray"
+    # What Ray Train keeps of its own is of no use to us after a crash and can be in the way: our manifests say where to
+    # go on. So each start has a folder of its own there, and it is deleted at the end.
+    folder, name = job.run / "ray", uuid.uuid4().hex
     filesystem = None if folder.is_local else pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(folder.filesystem))
     trainer = TorchTrainer(
         functools.partial(train_worker, task),
@@ -189,9 +209,7 @@ def _run_ray_train(job: TrainJob, task: TrainTask) -> None:
             resources_per_worker={"CPU": job.scaling.cpus_per_worker},
         ),
         run_config=RunConfig(
-            # What Ray Train keeps of its own is of no use to us after a crash and can be in the way: our manifests
-            # say where to go on. So each start has a folder of its own there, and it is deleted at the end.
-            name=uuid.uuid4().hex,
+            name=name,
             storage_path=folder.path(),
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=job.scaling.max_failures),
@@ -206,16 +224,19 @@ def _run_ray_train(job: TrainJob, task: TrainTask) -> None:
     except SystemExit as error:  # Ray Train's answer to Ctrl-C, with the exit code 0
         raise KeyboardInterrupt from error
     except ray.train.TrainingFailedError as error:
-        failures = list(getattr(error, "worker_failures", {}).values())
+        failures = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
         for failure in [getattr(f, "cause", None) or f for f in failures]:
-            if isinstance(failure, DivergedError | ConfigurationError | DataError):
+            if isinstance(failure, ConfigurationError | DataError | TryAgainError):
                 raise failure from error
         raise TryAgainError(
-            f"training stopped after {job.scaling.max_failures} restarts: {error}; run the same command to go on from "
-            "the newest checkpoint"
+            f"training stopped: {error}; run the same command to go on from the newest checkpoint"
         ) from error
     finally:
         signal.signal(signal.SIGINT, on_interrupt)  # Ray Train leaves its own behind
+        try:
+            (folder / name).delete()
+        except (DataError, TryAgainError) as error:
+            log.warning("what Ray Train kept of its own stays: %s", error)
 
 
 class Record:
@@ -223,6 +244,7 @@ class Record:
 
     def __init__(self, wire: Queue, tracker: Tracker, images: int) -> None:
         self.last: dict[str, float] = {}
+        self.diverged = ""
         self._wire, self._tracker = wire, tracker
         self._progress = TrainingProgress(images)
         self._closing = threading.Event()
@@ -241,7 +263,7 @@ class Record:
                 return
             self._take(message)
 
-    def _take(self, message: Report | Picture | Committed | Started) -> None:
+    def _take(self, message: Message) -> None:
         match message:
             case Report(position, metrics):
                 self.last = {"loss": metrics["loss"], "images_per_s": round(metrics["images_per_s"], 1)}
@@ -252,6 +274,8 @@ class Record:
             case Committed(position, seconds):
                 log.info("checkpoint at %d images, %.2f s", position, seconds)
                 self._tracker.metrics({"checkpoint_s": seconds}, position)
+            case Diverged(_, reason):
+                self.diverged = reason
             case Started(position, workers):
                 log.info("%d workers train from %d images on", workers, position)
 
@@ -259,4 +283,6 @@ class Record:
         """Pass on what still waits, for ten seconds at most."""
         self._closing.set()
         self._thread.join(timeout=10)
+        if self._thread.is_alive():
+            log.warning("the tracker is slow: what still waited for it is not on record")
         self._progress.close()

@@ -20,9 +20,9 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[None]:
-    """One Ray for all tests of this session that run in this process."""
+    """One Ray for the tests of a file; other files may start clusters of their own, one at a time."""
     import ray
 
     ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level="ERROR")

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ from pipelines.checkpoints import Checkpoint
 from pipelines.config import to_dict
 from pipelines.fit import World, new_state
 from pipelines.images import encode
+from pipelines.manifest import Manifest, Shard
 from pipelines.storage import Folder
+from pipelines.training import claim, find_data
 
 Job = Callable[[list[str]], int]
 
@@ -26,10 +29,7 @@ def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, dict
 
     def go(job: Job, *argv: str) -> tuple[int, str, dict[str, object]]:
         capfd.readouterr()
-        try:
-            code = job(list(argv))
-        except SystemExit as exit_:  # flags are judged by the command line's own library
-            return int(exit_.code or 0), plain(capfd.readouterr().err), {}
+        code = job(list(argv))
         out, err = capfd.readouterr()
         (line,) = out.splitlines()
         said = json.loads(line)
@@ -185,12 +185,82 @@ def test_a_truncated_image_among_good_ones(
     assert json.loads(Folder(str(tmp_path / "out")).get("quarantine.jsonl"))["path"] == "bad.png"
 
 
-@pytest.mark.ray
-def test_another_run_under_the_same_name(run: Callable, root: str, tmp_path: Path, ray_cluster: None) -> None:
-    Folder(root).put("runs/digits/run.json", b"{}")
-    common = ["digits", "--root", root, "--tracking.uri", "none"]
-    code, err, _ = run(train.main, *common)
+@pytest.fixture
+def claimed(root: str, folder_of_digits: Folder) -> Manifest:
+    """A first start of `digits` has written down what the run is."""
+    _, manifest = find_data(
+        replace(DIGITS, root=root, data=replace(DIGITS.data, url=folder_of_digits.url, builtin="none"))
+    )
+    assert isinstance(manifest, Manifest)
+    claim(replace(DIGITS, root=root), manifest)
+    return manifest
+
+
+@pytest.fixture
+def folder_of_digits(tmp_path: Path) -> Folder:
+    """The manifest of a data set; nothing reads its rows here."""
+    folder = Folder(str(tmp_path / "data"))
+    manifest = Manifest(
+        side=8, channels=1, encoding="raw", row_group_rows=128, labels=[], label_counts=[], quarantined=0, source="",
+        shards=[Shard(name="s", rows=1797, size_bytes=1, sha256="a")],
+    )  # fmt: skip
+    manifest.save(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "field"),
+    [
+        ("--fit.learning-rate", "0.001", "fit.learning_rate was 0.002, is 0.001"),
+        ("--fit.batch-images", "256", "fit.batch_images was 128, is 256"),
+        ("--fit.ema.half-life-images", "1000", "fit.ema.half_life_images was 20000, is 1000"),
+        ("--seed", "1", "seed was 0, is 1"),
+        ("--network.blocks", "2", "network.blocks was 1, is 2"),
+        ("--schedule.T", "900", "schedule.T was 1000, is 900"),
+        ("--data.window-chunks", "2", "data.window_chunks was 64, is 2"),
+    ],
+)
+@pytest.mark.parametrize("dry", [True, False])
+def test_another_run_under_the_same_name(
+    run: Callable, root: str, claimed: Manifest, folder_of_digits: Folder, flag: str, value: str, field: str, dry: bool
+) -> None:
+    common = ["digits", "--root", root, "--tracking.uri", "none", "--data.builtin", "none"]
+    if flag == "--fit.batch-images":
+        common += ["--fit.images", "256000"]
+    code, err, _ = run(
+        train.main, *common, "--data.url", folder_of_digits.url, flag, value, *(["--dry-run"] if dry else [])
+    )
     assert code == 2
-    assert "runs/digits is another run" in err
-    assert "data digest was None" in err and "fit.learning_rate was None" in err
-    assert "Give this one another --name" in err
+    assert f"runs/digits is another run: {field}. Give this one another --name" in err
+
+
+def test_other_data_under_the_same_name(run: Callable, root: str, claimed: Manifest, folder_of_digits: Folder) -> None:
+    shard = replace(claimed.shards[0], sha256="b")
+    other = replace(claimed, shards=[shard])
+    other.save(folder_of_digits)
+    code, err, _ = run(
+        train.main, "digits", "--root", root, "--data.builtin", "none", "--data.url", folder_of_digits.url, "--dry-run"
+    )
+    assert code == 2
+    assert f"data digest was {claimed.digest}, is {other.digest}" in err
+
+
+def test_workers_length_and_rhythm_may_change(
+    run: Callable, root: str, claimed: Manifest, folder_of_digits: Folder
+) -> None:
+    code, _, said = run(
+        train.main, "digits", "--root", root, "--data.builtin", "none", "--data.url", folder_of_digits.url, "--dry-run",
+        "--scaling.workers", "1", "--fit.micro-images", "32", "--fit.images", "512000", "--fit.log-images", "6400",
+        "--evaluate-images", "0",
+    )  # fmt: skip
+    assert (code, said["steps"]) == (0, 4000)
+
+
+def test_a_score_that_cannot_be_made_is_refused_before_the_training(run: Callable, root: str, tmp_path: Path) -> None:
+    Folder(str(tmp_path / "raw")).put("a.png", b"x")
+    code, err, _ = run(
+        train.main, "digits", "--root", root, "--data.builtin", "none", "--data.url", str(tmp_path / "raw"),
+        "--data.ingest.side", "64", "--data.ingest.channels", "3", "--dry-run",
+    )  # fmt: skip
+    assert code == 2
+    assert "the score knows pixels only" in err and "give --evaluate-images 0" in err

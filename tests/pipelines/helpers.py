@@ -6,6 +6,7 @@ from torch import Tensor
 
 from models.init import initialize
 from models.unet import UNet, UNetConfig
+from pipelines.checkpoints import Checkpoint
 from pipelines.fit import FitConfig, State, new_state
 from pipelines.plan import Plan
 from pipelines.stream import Batch
@@ -18,6 +19,12 @@ FIT = FitConfig(
     grid_images=192,
 )  # fmt: skip
 """A run of 12 steps."""
+
+
+ABOUT = Checkpoint(
+    position=0, files={}, config={"seed": 0}, data_digest="d", data_url="file:///d", shape=(1, 8, 8), labels=[],
+    tracking_uri="none", tracking_run="", git_revision="",
+)  # fmt: skip
 
 
 def tiny_state(config: FitConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> State:

@@ -10,18 +10,12 @@ import torch
 
 from models.schedule import article
 from pipelines import checkpoints
-from pipelines.checkpoints import Checkpoint
-from pipelines.errors import DataError
+from pipelines.errors import DataError, TryAgainError
 from pipelines.fit import FitConfig, State, World, fit
 from pipelines.storage import Folder
-from tests.pipelines.helpers import FIT, Ear, micro_batches, tiny_state
+from tests.pipelines.helpers import ABOUT, FIT, Ear, micro_batches, tiny_state
 
 ALONE = World()
-ABOUT = Checkpoint(
-    position=0, files={}, config={"seed": 0}, data_digest="d", data_url="file:///d", shape=(1, 8, 8), labels=[],
-    tracking_uri="none", tracking_run="", git_revision="",
-)  # fmt: skip
-
 Digits = tuple[np.ndarray, np.ndarray]
 
 
@@ -128,12 +122,38 @@ def test_both_kinds_of_weights_are_read(run: tuple[Folder, State], tiny_fit: Fit
             assert torch.equal(p, expected[name])
 
 
-def test_only_the_newest_are_kept_and_a_running_upload_is_left_alone(run: tuple[Folder, State]) -> None:
+def test_only_the_newest_are_kept(run: tuple[Folder, State]) -> None:
     folder, _ = run
     (folder / checkpoints.folder_name(64)).put("__0_0.distcp", b"left by a crash")
-    (folder / checkpoints.folder_name(512)).put("__0_0.distcp", b"on its way")
-    checkpoints.keep_newest(folder, 2)
-    assert folder.names() == [checkpoints.folder_name(n) for n in (256, 384, 512)]
+    checkpoints.keep_newest(folder, 2, position=384)
+    assert folder.names() == [checkpoints.folder_name(n) for n in (256, 384)]
+
+
+def test_damaged_ones_beyond_never_push_out_the_one_just_written(run: tuple[Folder, State]) -> None:
+    folder, _ = run
+    for position in (256, 384):
+        damage(Path((folder / checkpoints.folder_name(position)).path()) / "__0_0.distcp")
+    (folder / checkpoints.folder_name(512)).put("__0_0.distcp", b"left by a crash")
+    assert checkpoints.newest(folder)[1].position == 128  # type: ignore[index]
+    checkpoints.keep_newest(folder, 2, position=128)
+    assert folder.names() == [checkpoints.folder_name(128)]
+
+
+def test_a_hiccup_of_storage_is_not_taken_for_damage(
+    run: tuple[Folder, State], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reset(*_: object) -> None:
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr(type(run[0].filesystem), "get_file", reset)
+    with pytest.raises(TryAgainError, match="does not answer: ConnectionResetError"):
+        checkpoints.newest(run[0])
+
+
+def test_a_folder_that_the_workers_do_not_share_is_refused(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Folder, "names", lambda self: [])  # as another node's disk has it
+    with pytest.raises(DataError, match="is not the same folder for all workers"):
+        checkpoints.commit(folder, tiny_state(FIT), ABOUT, ALONE)
 
 
 def test_the_digest_names_the_content(run: tuple[Folder, State]) -> None:

@@ -3,23 +3,37 @@ from pathlib import Path
 
 import pytest
 
+from jobs.cli import parse
 from jobs.presets import PRESETS
-from pipelines.config import SampleJob, TrainJob, flatten, from_dict, overlay, to_dict, to_yaml
+from pipelines.config import DrawConfig, SampleJob, TrainJob, file_as_flags, flatten, from_dict, to_dict, to_yaml
 from pipelines.errors import ConfigurationError
+from pipelines.fit import FitConfig
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_configuration_survives_the_file(preset: str, tmp_path: Path) -> None:
     job = PRESETS[preset][1]
     (tmp_path / "config.yaml").write_text(to_yaml(job))
-    assert overlay(TrainJob, None, str(tmp_path / "config.yaml")) == job
+    assert parse(TrainJob, {}, ["--config", str(tmp_path / "config.yaml")]).job == job
 
 
-def test_a_file_lies_over_the_preset(tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text("seed: 7\nfit:\n  learning_rate: 0.001\n")
+def test_preset_then_file_then_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "c.yaml").write_text("seed: 7\nfit: {learning_rate: 0.001, flip: true}\nnetwork: {attention: [4, 8]}")
+    monkeypatch.chdir(tmp_path)
     job = PRESETS["digits"][1]
-    found = overlay(TrainJob, job, str(tmp_path / "c.yaml"))
-    assert found == replace(job, seed=7, fit=replace(job.fit, learning_rate=0.001))
+    found = parse(TrainJob, PRESETS, ["digits", "--seed", "8", "--config=c.yaml", "--network.heads", "2"]).job
+    assert found == replace(
+        job,
+        seed=8,
+        fit=replace(job.fit, learning_rate=0.001, flip=True),
+        network=replace(job.network, attention=(4, 8), heads=2),
+    )
+
+
+def test_a_file_and_flags_complete_each_other(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("draw: {steps: 7, clip: false}\nseeds: 0-9")
+    found = parse(SampleJob, {}, ["--config", str(tmp_path / "c.yaml"), "--out", "o", "--checkpoint", "c"]).job
+    assert found == SampleJob(out="o", checkpoint="c", seeds="0-9", draw=DrawConfig(steps=7, clip=False))
 
 
 @pytest.mark.parametrize(
@@ -27,8 +41,6 @@ def test_a_file_lies_over_the_preset(tmp_path: Path) -> None:
     [
         ("fit:\n  learning_rat: 1", r"fit\.learning_rat is no field; did you mean fit\.learning_rate\?"),
         ("zzz: 1", "zzz is no field; it has name, root, seed"),
-        ("fit:\n  images: many", r"fit\.images is 'many'; Input should be a valid integer"),
-        ("fit:\n  batch_images: 192", r"fit\.images is 256000; it must be a multiple of fit\.batch_images"),
         ("- 1", "must be a mapping"),
         ("a: [", "while parsing"),
     ],
@@ -36,13 +48,22 @@ def test_a_file_lies_over_the_preset(tmp_path: Path) -> None:
 def test_a_bad_file_says_where_and_what(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(ConfigurationError, match=message) as caught:
-        overlay(TrainJob, PRESETS["digits"][1], str(tmp_path / "c.yaml"))
+        file_as_flags(TrainJob, str(tmp_path / "c.yaml"))
     assert "c.yaml" in str(caught.value)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"nothing\.yaml does not exist"):
-        overlay(TrainJob, None, str(tmp_path / "nothing.yaml"))
+        file_as_flags(TrainJob, str(tmp_path / "nothing.yaml"))
+
+
+def test_what_a_checkpoint_kept_is_checked_when_it_is_read() -> None:
+    for content, message in (
+        ({"images": "many"}, r"images is 'many'; Input should be a valid integer"),
+        ({"batch_images": 192}, r"fit\.images is 256000; it must be a multiple of fit\.batch_images"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            from_dict(FitConfig, content, "here")
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from models.schedule import article
+from pipelines import checkpoints
 from pipelines.errors import ConfigurationError
-from pipelines.fit import DivergedError, FitConfig, fit, mirrored, pixels_to_x_0, x_0_to_pixels
+from pipelines.fit import DivergedError, FitConfig, World, fit, mirrored, pixels_to_x_0, x_0_to_pixels
+from pipelines.storage import Folder
 from tests.pipelines.helpers import Ear, micro_batches, tiny_state
 
 Digits = tuple[np.ndarray, np.ndarray]
@@ -67,6 +69,13 @@ def test_the_size_of_a_micro_batch_changes_only_the_rounding(digits: Digits, tin
     assert torch.allclose(weights[0], weights[2], rtol=0, atol=1e-9)
 
 
+def start_workers(folder: Path, world: int, stop: int) -> None:
+    """Run ddp_worker.py to its end in real processes."""
+    command = [sys.executable, "-W", "error", "-m", "tests.pipelines.ddp_worker", str(folder), str(world), str(stop)]
+    workers = [subprocess.Popen([*command, str(rank)]) for rank in range(world)]
+    assert [worker.wait(timeout=300) for worker in workers] == [0] * world
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_more_workers_train_the_same_network(world: int, digits: Digits, tiny_fit: FitConfig, tmp_path: Path) -> None:
     """Real processes, gloo and DDP; float64, so that only the order of sums differs."""
@@ -75,9 +84,7 @@ def test_more_workers_train_the_same_network(world: int, digits: Digits, tiny_fi
     fit(tiny_fit, alone, article(), 0, micro_batches(digits[0], tiny_fit), ear)
 
     np.save(tmp_path / "pixels.npy", digits[0])
-    command = [sys.executable, "-W", "error", "-m", "tests.pipelines.ddp_worker", str(tmp_path), str(world)]
-    workers = [subprocess.Popen([*command, str(rank)]) for rank in range(world)]
-    assert [worker.wait(timeout=300) for worker in workers] == [0] * world
+    start_workers(tmp_path, world, stop=384)
 
     for rank in range(world):
         together = torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True)
@@ -87,6 +94,27 @@ def test_more_workers_train_the_same_network(world: int, digits: Digits, tiny_fi
     reported = torch.load(tmp_path / "rank-0.pt", weights_only=True)
     assert reported["losses"] == pytest.approx([metrics["loss"] for _, metrics in ear.reports], rel=1e-6)
     assert torch.allclose(reported["grid"], ear.pictures[-1][1], atol=1e-5)
+
+
+def test_a_run_changes_its_workers_half_way(digits: Digits, tiny_fit: FitConfig, tmp_path: Path) -> None:
+    """Checkpoints of two workers are gone on from by four, and by one."""
+    alone = tiny_state(tiny_fit, dtype=torch.float64)
+    fit(tiny_fit, alone, article(), 0, micro_batches(digits[0], tiny_fit), Ear())
+    np.save(tmp_path / "pixels.npy", digits[0])
+    start_workers(tmp_path, 2, stop=256)
+    run = Folder(str(tmp_path / "run"))
+    found = checkpoints.newest(run)
+    assert found is not None and found[1].position == 256
+    assert {name.split("_")[2] for name in found[1].files if name != ".metadata"} == {"0", "1"}, "both have written"
+
+    state = tiny_state(tiny_fit, seed=1, dtype=torch.float64)
+    checkpoints.load(*found, state, World())
+    fit(tiny_fit, state, article(), 0, micro_batches(digits[0], tiny_fit, start=256), Ear())
+    start_workers(tmp_path, 4, stop=384)
+    four = torch.load(tmp_path / "rank-0.pt", weights_only=True)["model"]
+    for name, p in alone.model.named_parameters():
+        assert torch.allclose(dict(state.model.named_parameters())[name], p, rtol=0, atol=1e-9), name
+        assert torch.allclose(four[name], p, rtol=0, atol=1e-9), name
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_optimizer_moves(digits: Digits, tiny_fit: FitConfig) -> None:

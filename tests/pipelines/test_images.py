@@ -61,6 +61,20 @@ def test_every_mode_becomes_grey_or_rgb(mode: str) -> None:
     assert read_picture(file(image), channels=3, side=8).shape == (8, 8, 3)
 
 
+def test_sixteen_bits_become_eight() -> None:
+    ramp = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1024
+    pixels = read_picture(file(Image.fromarray(ramp)), channels=1, side=8)
+    assert np.array_equal(pixels[..., 0], ramp >> 8)
+
+
+def test_cmyk_and_the_first_picture_of_an_animation_are_taken() -> None:
+    red = Image.new("RGB", (8, 8), (200, 0, 0))
+    pixels = read_picture(file(red.convert("CMYK"), "JPEG", quality=95), channels=3, side=8)
+    assert pixels[..., 0].min() > 150 and pixels[..., 1:].max() < 60
+    animated = file(red, "PNG", save_all=True, append_images=[Image.new("RGB", (8, 8), (0, 0, 200))])
+    assert np.array_equal(read_picture(animated, channels=3, side=8), np.asarray(red))
+
+
 def test_what_is_transparent_becomes_black() -> None:
     assert read_picture(file(Image.new("RGBA", (8, 8), (255, 255, 255, 0))), channels=3, side=8).max() == 0
 

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.digits import write_digits
-from pipelines.errors import ConfigurationError, DataError
+from pipelines.errors import ConfigurationError, DataError, TryAgainError
 from pipelines.images import encode
 from pipelines.ingest import IngestConfig, IngestPlan, WriteShard, ingest
 from pipelines.manifest import Manifest
@@ -74,7 +74,7 @@ def some(tmp_path: Path, digits: Digits) -> Folder:
     """Twenty good images and two bad ones, without labels."""
     folder = Folder(str(tmp_path / "some photographs, ünïcode"))
     for i, picture in enumerate(digits[0][:20]):
-        folder.put(f"{i:02d} ü.png", encode(picture, "png"))
+        folder.put(f"{i:02d} ü [1] what?*.png", encode(picture, "png"))
     folder.put("truncated.png", encode(digits[0][20], "png")[:60])
     folder.put("empty.jpg", b"")
     folder.put("notes.txt", b"no image, and not taken for one")
@@ -93,6 +93,25 @@ def test_too_many_bad_images_stop_the_job(some: Folder, folder: Folder, ray_clus
         ingest(IngestPlan.make(some, folder, replace(CONFIG, max_bad_share=0.05)))
     assert not folder.exists("manifest.json")
     assert len(folder.get("quarantine.jsonl").splitlines()) == 2
+
+
+def test_a_raised_share_goes_on_with_what_was_made(some: Folder, folder: Folder, ray_cluster: None) -> None:
+    with pytest.raises(DataError):
+        ingest(IngestPlan.make(some, folder, replace(CONFIG, max_bad_share=0.05)))
+    before = times(folder)["shard-000000.parquet"]
+    assert ingest(IngestPlan.make(some, folder, replace(CONFIG, max_bad_share=0.1))).rows == 20
+    assert times(folder)["shard-000000.parquet"] == before
+
+
+def test_storage_that_fails_costs_no_image(raw: Folder, folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def reset(*_: object, **__: object) -> bytes:
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    plan = IngestPlan.make(raw, folder, CONFIG)
+    monkeypatch.setattr(type(raw.filesystem), "cat_file", reset)
+    with pytest.raises(TryAgainError, match="does not answer"):
+        WriteShard(plan)({"shard": 0})
+    assert folder.names() == []
 
 
 def test_no_images_is_a_clear_error(folder: Folder) -> None:

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from jobs.cli import BAD_DATA, _judge
 from jobs.presets import DIGITS
 from models.init import initialize
 from models.unet import UNet
@@ -156,8 +157,19 @@ def test_weights_that_go_bad_under_way_fail_fast_and_are_named(run: Folder, fold
     shutil.copytree(run.path(), copy.path())
     plan = plan_samples(job(copy, folder))
     (Path(plan.trained.folder.path()) / "__0_0.distcp").write_bytes(b"")
-    with pytest.raises(Exception, match=r"checkpoint-000000000256/__0_0\.distcp has 0 bytes"):
+    with pytest.raises(Exception, match=r"checkpoint-000000000256/__0_0\.distcp has 0 bytes") as caught:
         draw_samples(plan)
+    assert _judge(caught.value)[0] == BAD_DATA
+
+
+def test_without_the_training_data_only_the_strip_is_missing(run: Folder, samples: Folder, tmp_path: Path) -> None:
+    plan = plan_samples(job(run, samples))
+    moved = replace(plan.trained, checkpoint=replace(plan.trained.checkpoint, data_url=(samples / "gone").url))
+    (Path(samples.path()) / "_SUCCESS").unlink()
+    (Path(samples.path()) / "strip.png").unlink()
+    draw_samples(replace(plan, trained=moved))
+    assert verify(samples)["verified"] == 25
+    assert not samples.exists("strip.png")
 
 
 def test_the_score_is_that_of_numpy(samples: Folder, digits: tuple[np.ndarray, np.ndarray]) -> None:

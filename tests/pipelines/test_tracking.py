@@ -21,22 +21,24 @@ pytestmark = [
 def test_one_run_across_restarts(folder: Folder) -> None:
     from mlflow import MlflowClient
 
-    config, run = TrackingConfig(), folder / "runs/digits"
-    first = open_tracker(config, folder, run, {"seed": 0, "long": "x" * 9000}, {"start": "1"})
+    config, run = TrackingConfig(), ("digits", "an id of ours")
+    first = open_tracker(config, folder, *run, {"seed": 0, "long": "x" * 9000}, {"start": "1"})
     first.metrics({"loss": 0.5}, 100)
     first.metrics({"loss": 0.4}, 200)
     first.picture(np.zeros((8, 8, 1), np.uint8), "samples", 200)
     first.file("config.yaml", b"seed: 0")
 
-    second = open_tracker(config, folder, run, {"seed": 1, "workers": 2}, {"start": "2"})  # the first was killed
+    second = open_tracker(config, folder, *run, {"seed": 1, "workers": 2}, {"start": "2"})  # the first was killed
     second.metrics({"loss": 0.41}, 200)  # computed again after the last checkpoint
     second.metrics({"loss": 0.3}, 300)
     second.metrics({"frechet_distance": 0.03}, 300)
     second.finish("FINISHED")
 
     assert second.run_id == first.run_id
+    other = open_tracker(config, folder, "digits", "another id", {}, {})  # somebody else's run of the same name
+    assert other.run_id != first.run_id
     client = MlflowClient(tracking_uri=resolve_uri(config, folder))
-    assert len(client.search_runs([client.get_experiment_by_name("brickyard").experiment_id])) == 1
+    assert len(client.search_runs([client.get_experiment_by_name("brickyard").experiment_id])) == 2
     run_data = client.get_run(first.run_id)
     assert run_data.info.status == "FINISHED"
     assert run_data.info.run_name == "digits"
@@ -52,7 +54,7 @@ def test_one_run_across_restarts(folder: Folder) -> None:
 def test_a_score_joins_a_run_that_has_ended(folder: Folder) -> None:
     from mlflow import MlflowClient
 
-    tracker = open_tracker(TrackingConfig(), folder, folder / "runs/a", {}, {})
+    tracker = open_tracker(TrackingConfig(), folder, "a", "id", {}, {})
     tracker.finish("FINISHED")
     uri = resolve_uri(TrackingConfig(), folder)
     assert record_score(uri, tracker.run_id, "frechet_distance", 0.03, 300)
@@ -64,10 +66,10 @@ def test_a_score_joins_a_run_that_has_ended(folder: Folder) -> None:
 def test_a_server_that_refuses_costs_the_record_and_is_said(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
-        uri = f"http://user:secret@127.0.0.1:{closed.getsockname()[1]}"
+        uri = f"http://127.0.0.1:{closed.getsockname()[1]}"
     began = time.monotonic()
     with caplog.at_level(logging.WARNING):
-        tracker = open_tracker(TrackingConfig(uri=uri), folder, folder / "runs/a", {}, {})
+        tracker = open_tracker(TrackingConfig(uri=uri), folder, "a", "id", {}, {})
     assert isinstance(tracker, NoTracker)
     assert time.monotonic() - began < 60  # a client left to itself tries for four minutes
     assert "nothing is recorded" in caplog.text
@@ -79,7 +81,7 @@ def test_where_runs_go(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert resolve_uri(TrackingConfig(), folder) == f"sqlite:///{folder.path('mlflow.db')}"
     assert resolve_uri(TrackingConfig(uri="none"), folder) == "none"
-    assert isinstance(open_tracker(TrackingConfig(uri="none"), folder, folder, {}, {}), NoTracker)
+    assert isinstance(open_tracker(TrackingConfig(uri="none"), folder, "a", "id", {}, {}), NoTracker)
     with pytest.raises(ConfigurationError, match=r"tracking\.uri is empty"):
         resolve_uri(TrackingConfig(), Folder("s3://bucket/x"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracker:5000")
@@ -89,3 +91,6 @@ def test_where_runs_go(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_passwords_are_not_kept() -> None:
     assert without_password("https://me:secret@host:5000/x?y=1") == "https://host:5000/x?y=1"
     assert without_password("sqlite:////data/mlflow.db") == "sqlite:////data/mlflow.db"
+    with pytest.raises(ConfigurationError, match="holds a password.*MLFLOW_TRACKING_PASSWORD") as caught:
+        TrackingConfig(uri="https://me:secret@host:5000")
+    assert "secret" not in str(caught.value)
