@@ -6,7 +6,8 @@ import sys
 from jobs.cli import run
 from jobs.presets import PRESETS
 from pipelines.config import TrainJob
-from pipelines.training import dry_run, train
+from pipelines.rehearsal import dry_run
+from pipelines.training import train
 
 
 def main(argv: list[str] | None = None) -> int:

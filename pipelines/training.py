@@ -13,14 +13,13 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor
 
 from models.unet import UNet
 from pipelines import checkpoints
 from pipelines.checkpoints import Checkpoint
 from pipelines.cluster import cluster
 from pipelines.config import SampleJob, TrainJob, flatten, to_dict, to_yaml
-from pipelines.digits import DIGITS, write_digits
+from pipelines.digits import write_digits
 from pipelines.errors import ConfigurationError
 from pipelines.ingest import IngestPlan, ingest
 from pipelines.lineage import Trained, git_revision
@@ -28,7 +27,7 @@ from pipelines.manifest import NAME, Manifest
 from pipelines.sampling import SHEET, STRIP, draw_samples, plan_samples
 from pipelines.scoring import MAX_FEATURES, METRIC, Comparison, score
 from pipelines.storage import Folder
-from pipelines.tracking import Tracker, open_tracker, reach, resolve_uri, without_password
+from pipelines.tracking import Tracker, open_tracker, resolve_uri, without_password
 from pipelines.workers import run_workers
 
 RUN = "run.json"
@@ -143,16 +142,17 @@ def find_data(job: TrainJob) -> tuple[Folder, Manifest | IngestPlan]:
     source = data_source(job)
     if source.exists(NAME):
         manifest = Manifest.load(source)
-        _check_shape(job, manifest.side, manifest.channels)
+        check_shape(job, manifest.side, manifest.channels)
         return source, manifest
-    _check_shape(job, job.data.ingest.side, job.data.ingest.channels)
+    check_shape(job, job.data.ingest.side, job.data.ingest.channels)
     if job.data.builtin == "digits":
         write_digits(source)
     out = data_folder(job)
     return out, IngestPlan.make(source, out, job.data.ingest)
 
 
-def _check_shape(job: TrainJob, side: int, channels: int) -> None:
+def check_shape(job: TrainJob, side: int, channels: int) -> None:
+    """Raise ConfigurationError unless the network, and the score if there is to be one, take images of this shape."""
     try:
         job.network.check_side(side)
     except ValueError as error:
@@ -285,52 +285,3 @@ def evaluate(job: TrainJob, tracker: Tracker) -> dict[str, Any]:
         "contact_sheet": drawn["contact_sheet"],
         "strip": drawn["strip"],
     }
-
-
-def dry_run(job: TrainJob) -> dict[str, Any]:
-    """Return what the job would do, having looked at the data, the run's folder and the tracker and changed nothing.
-
-    Raises:
-        ConfigurationError: if the run's folder is that of another run, or the images do not fit.
-        DataError: if data or storage cannot be used.
-    """
-    if job.data.builtin == "digits" and not data_source(job).names():
-        form = job.data.ingest
-        images, side, channels = DIGITS, form.side, int(form.channels)
-    else:
-        _, data = find_data(job)
-        manifest = data.finished() if isinstance(data, IngestPlan) else data
-        if manifest and job.run.exists(RUN):
-            check_claim(job, manifest)
-        images = len(data.paths) if isinstance(data, IngestPlan) else data.rows
-        shape = data.config if isinstance(data, IngestPlan) else data
-        side, channels = shape.side, int(shape.channels)
-    _check_shape(job, side, channels)
-    found = checkpoints.newest(job.run)
-    return {
-        "dry_run": True,
-        "images_in_data": images,
-        "epochs": round(job.fit.images / images, 1),
-        "steps": job.fit.images // job.fit.batch_images,
-        "starts_at": found[1].position if found else 0,
-        "memory_per_worker_bytes": memory_per_worker(job, side, channels),
-        "tracker": reach(resolve_uri(job.tracking, Folder(job.root))),
-        "run": job.run.url,
-    }
-
-
-def memory_per_worker(job: TrainJob, side: int, channels: int) -> int:
-    """Estimate what a worker's model, gradient, optimizer, average and saved activations take, in bytes."""
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.device("meta"):
-        model = UNet(job.network, channels, side)
-        x = torch.empty(job.fit.micro_images, channels, side, side)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            model(x, torch.zeros(len(x), dtype=torch.long))
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    return 5 * weights + sum(saved.values())  # weights, gradient, two moments, the average

@@ -91,6 +91,6 @@ def test_where_runs_go(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_passwords_are_not_kept() -> None:
     assert without_password("https://me:secret@host:5000/x?y=1") == "https://host:5000/x?y=1"
     assert without_password("sqlite:////data/mlflow.db") == "sqlite:////data/mlflow.db"
-    with pytest.raises(ConfigurationError, match="holds a password.*MLFLOW_TRACKING_PASSWORD") as caught:
+    with pytest.raises(ConfigurationError, match=r"holds a password.*MLFLOW_TRACKING_PASSWORD") as caught:
         TrackingConfig(uri="https://me:secret@host:5000")
     assert "secret" not in str(caught.value)

@@ -1,0 +1,64 @@
+"""What a training job would do, without doing it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.unet import UNet
+from pipelines import checkpoints
+from pipelines.config import TrainJob
+from pipelines.digits import DIGITS
+from pipelines.ingest import IngestPlan
+from pipelines.storage import Folder
+from pipelines.tracking import reach, resolve_uri
+from pipelines.training import RUN, check_claim, check_shape, data_source, find_data
+
+
+def dry_run(job: TrainJob) -> dict[str, Any]:
+    """Return what the job would do, having looked at the data, the run's folder and the tracker and changed nothing.
+
+    Raises:
+        ConfigurationError: if the run's folder is that of another run, or the images do not fit.
+        DataError: if data or storage cannot be used.
+    """
+    if job.data.builtin == "digits" and not data_source(job).names():
+        form = job.data.ingest
+        images, side, channels = DIGITS, form.side, int(form.channels)
+    else:
+        _, data = find_data(job)
+        manifest = data.finished() if isinstance(data, IngestPlan) else data
+        if manifest and job.run.exists(RUN):
+            check_claim(job, manifest)
+        images = len(data.paths) if isinstance(data, IngestPlan) else data.rows
+        shape = data.config if isinstance(data, IngestPlan) else data
+        side, channels = shape.side, int(shape.channels)
+    check_shape(job, side, channels)
+    found = checkpoints.newest(job.run)
+    return {
+        "dry_run": True,
+        "images_in_data": images,
+        "epochs": round(job.fit.images / images, 1),
+        "steps": job.fit.images // job.fit.batch_images,
+        "starts_at": found[1].position if found else 0,
+        "memory_per_worker_bytes": memory_per_worker(job, side, channels),
+        "tracker": reach(resolve_uri(job.tracking, Folder(job.root))),
+        "run": job.run.url,
+    }
+
+
+def memory_per_worker(job: TrainJob, side: int, channels: int) -> int:
+    """Estimate what a worker's model, gradient, optimizer, average and saved activations take, in bytes."""
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.device("meta"):
+        model = UNet(job.network, channels, side)
+        x = torch.empty(job.fit.micro_images, channels, side, side)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(x, torch.zeros(len(x), dtype=torch.long))
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return 5 * weights + sum(saved.values())  # weights, gradient, two moments, the average
