@@ -3,6 +3,8 @@
 import contextlib
 import logging
 import os
+import signal
+import threading
 import warnings
 from collections.abc import Iterator
 
@@ -40,6 +42,9 @@ def cluster() -> Iterator[None]:
             logging_level=level,
             log_to_driver=verbose,
         )
+    if threading.current_thread() is threading.main_thread():
+        # Ray has put a handler of its own before ours: it prints a stack and aborts us three seconds later.
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     try:
         for name in ("ray", "ray.data", "ray.train"):
             logging.getLogger(name).setLevel(level)

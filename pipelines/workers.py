@@ -199,7 +199,7 @@ def run_workers(
 def _run_ray_train(job: TrainJob, task: TrainTask) -> None:
     # What Ray Train keeps of its own is of no use to us after a crash and can be in the way: our manifests say where to
     # go on. So each start has a folder of its own there, and it is deleted at the end.
-    folder, name = job.run / "ray", uuid.uuid4().hex
+    folder, name = job.run, f"ray-{uuid.uuid4().hex}"
     filesystem = None if folder.is_local else pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(folder.filesystem))
     trainer = TorchTrainer(
         functools.partial(train_worker, task),
