@@ -12,16 +12,16 @@ from torch import Tensor, nn
 class EMAConfig:
     """An exponential average whose length is counted in images, so that it does not change with the batch."""
 
-    half_life_images: float = 20_000
+    half_life_images: float = 50_000
     """Images after which a weight's share in the average has halved."""
-    warm_up: float = 0.05
+    warm_up: float = 0.1
     """The half-life is never longer than this share of the images seen, so that early weights are forgotten."""
 
     def __post_init__(self) -> None:
         if not self.half_life_images > 0:
-            raise ValueError(f"ema.half_life_images is {self.half_life_images}; it must be positive: try 20000")
+            raise ValueError(f"ema.half_life_images is {self.half_life_images}; it must be positive: try 50000")
         if not self.warm_up > 0:
-            raise ValueError(f"ema.warm_up is {self.warm_up}; it must be positive: try 0.05")
+            raise ValueError(f"ema.warm_up is {self.warm_up}; it must be positive: try 0.1")
 
 
 class EMA:

@@ -213,7 +213,7 @@ def folder_of_digits(tmp_path: Path) -> Folder:
     [
         ("--fit.learning-rate", "0.001", "fit.learning_rate was 0.002, is 0.001"),
         ("--fit.batch-images", "256", "fit.batch_images was 128, is 256"),
-        ("--fit.ema.half-life-images", "1000", "fit.ema.half_life_images was 20000.0, is 1000.0"),
+        ("--fit.ema.half-life-images", "1000", "fit.ema.half_life_images was 50000.0, is 1000.0"),
         ("--seed", "1", "seed was 0, is 1"),
         ("--network.blocks", "2", "network.blocks was 1, is 2"),
         ("--schedule.T", "900", "schedule.T was 1000, is 900"),

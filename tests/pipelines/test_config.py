@@ -94,6 +94,6 @@ def test_bad_seeds_are_refused(seeds: str) -> None:
 
 def test_a_flat_view_has_every_setting() -> None:
     flat = flatten(to_dict(PRESETS["digits"][1]))
-    assert flat["fit.ema.half_life_images"] == 20_000
+    assert flat["fit.ema.half_life_images"] == 50_000
     assert flat["network.multipliers"] == [1, 2]
     assert from_dict(TrainJob, to_dict(PRESETS["digits"][1]), "x") == PRESETS["digits"][1]
