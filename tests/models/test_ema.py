@@ -88,7 +88,7 @@ def test_while_warming_up_the_average_forgets_by_shares_of_the_run(warm_up):
 
 
 def test_the_first_step_forgets_the_weights_that_were_drawn():
-    assert remaining_share(EMAConfig(), [32], images_seen=0) == pytest.approx(2**-20, rel=1e-9)
+    assert remaining_share(EMAConfig(warm_up=0.05), [32], images_seen=0) == pytest.approx(2**-20, rel=1e-9)
 
 
 def test_the_shadow_starts_as_a_copy_and_is_not_the_model():
@@ -139,7 +139,7 @@ def test_the_weights_return_after_an_exception():
     assert torch.equal(net.weight, torch.zeros(3, 2).double())
 
 
-@pytest.mark.parametrize(("field", "way_out"), [("half_life_images", "try 20000"), ("warm_up", "try 0.05")])
+@pytest.mark.parametrize(("field", "way_out"), [("half_life_images", "try 50000"), ("warm_up", "try 0.1")])
 @pytest.mark.parametrize("value", [0, -1, math.nan])
 def test_a_bad_configuration_names_its_field_its_value_and_a_way_out(field, value, way_out):
     with pytest.raises(ValueError, match=rf"ema\.{field} is {value}; it must be positive: {way_out}"):
