@@ -9,7 +9,7 @@ DIGITS = TrainJob(
     name="digits",
     data=DataConfig(builtin="digits", ingest=IngestConfig(side=8, channels=1, shard_rows=512)),
     network=UNetConfig(channels=32, multipliers=(1, 2), blocks=1, attention=(4,)),
-    fit=FitConfig(images=256_000, batch_images=128, micro_images=64),
+    fit=FitConfig(images=204_800, batch_images=128, micro_images=64),
     scaling=ScalingConfig(workers=2),
     evaluate_images=1797,
     draw=DrawConfig(steps=20),

@@ -32,7 +32,7 @@ BANDS = 4
 class FitConfig:
     """How ε_θ is trained."""
 
-    images: int = 256_000
+    images: int = 204_800
     """Length of the run, in images; a multiple of batch_images. Raise it and run again to train on."""
     batch_images: int = 128
     """B, the images behind one step of the optimizer, over all workers."""

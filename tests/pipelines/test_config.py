@@ -60,7 +60,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_what_a_checkpoint_kept_is_checked_when_it_is_read() -> None:
     for content, message in (
         ({"images": "many"}, r"images is 'many'; Input should be a valid integer"),
-        ({"batch_images": 192}, r"fit\.images is 256000; it must be a multiple of fit\.batch_images"),
+        ({"batch_images": 192}, r"fit\.images is 204800; it must be a multiple of fit\.batch_images"),
     ):
         with pytest.raises(ConfigurationError, match=message):
             from_dict(FitConfig, content, "here")
