@@ -96,8 +96,10 @@ class ReadShardMoments:
 
 def moments_of(read: Callable[[int], Pixels], shards: int) -> Moments:
     """Reduce shards 0..shards-1, read by ``read``, to the moments of their pictures; memory holds two D × D."""
-    rows = ray.data.range(shards, override_num_blocks=shards).map(ReadShardMoments(read)).iter_rows()
-    parts = (Moments(int(row["n"]), row["sum"], row["outer"]) for row in rows)
+    dataset = ray.data.range(shards, override_num_blocks=shards).map(ReadShardMoments(read))
+    # In order, so that the sums round the same each time: the root of a singular covariance shows the last digit.
+    dataset.context.execution_options.preserve_order = True
+    parts = (Moments(int(row["n"]), row["sum"], row["outer"]) for row in dataset.iter_rows())
     total = next(parts)
     for part in parts:
         total += part
