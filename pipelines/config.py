@@ -32,7 +32,7 @@ class DataConfig:
     url: str = ""
     """A data set that jobs/ingest.py made, or a folder of raw images, which is then ingested first."""
     builtin: Literal["none", "digits"] = "none"
-    """Real images that come with the installation; they are written out as PNG files and used in place of a url."""
+    """Real images that come with the installation, written out as PNG files; with a url of your own, say none."""
     window_chunks: int = 64
     """Row groups that are shuffled into each other."""
     ingest: IngestConfig = field(default_factory=IngestConfig)
@@ -40,6 +40,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.window_chunks < 1:
             raise ConfigurationError(f"data.window_chunks is {self.window_chunks}; it must be at least 1")
+        if self.url and self.builtin != "none":
+            raise ConfigurationError(
+                f"data.url is {self.url} and data.builtin is {self.builtin}; only one can be: add --data.builtin none"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,6 +37,7 @@ from pipelines.storage import Folder
 MANIFEST, SUCCESS = "manifest.json", "_SUCCESS"
 SHEET, STRIP = "contact-sheet.png", "strip.png"
 SHEET_IMAGES = 100
+AGAIN = "delete that file and run the sampling job again"
 
 log = logging.getLogger("brickyard.sampling")
 
@@ -273,14 +274,14 @@ def verify(folder: Folder) -> dict[str, Any]:
     for file in about["files"]:
         data = folder.get(file["name"])
         if hashlib.sha256(data).hexdigest() != file["sha256"]:
-            raise DataError(f"{folder.url}/{file['name']} is not what was written: its sha256 differs")
+            raise DataError(f"{folder.url}/{file['name']} is not what was written: its sha256 differs; {AGAIN}")
         table = pq.read_table(io.BytesIO(data), columns=["seed", "image"])
         channels, height, width = about["shape"]
         decode(table["image"].to_pylist(), "png", (height, width, channels))
         seeds += table["seed"].to_pylist()
     first, last = about["seeds"]
     if seeds != list(range(first, last + 1)):
-        raise DataError(f"{folder.url} does not hold each seed of {first}-{last} once")
+        raise DataError(f"{folder.url} does not hold each seed of {first}-{last} once; {AGAIN}")
     return {"samples": folder.url, "verified": len(seeds)}
 
 

@@ -115,7 +115,7 @@ def _train_on(job: TrainJob, data: Folder, manifest: Manifest) -> dict[str, Any]
         raise
     return summary | {
         "run": job.run.url,
-        "images": job.fit.images,
+        "images": Trained.find(job.run.url).checkpoint.position,
         "data_digest": manifest.digest,
         "tracking_run": tracker.run_id,
         "see": tracker.url,
@@ -275,6 +275,7 @@ def evaluate(job: TrainJob, tracker: Tracker) -> dict[str, Any]:
     drawn = draw_samples(
         plan_samples(SampleJob(checkpoint=trained.folder.url, out=folder.url, seeds=seeds, draw=job.draw))
     )
+    log.info("score: comparing %d samples with the data", job.evaluate_images)
     result = score(Comparison.find(folder, reference=None))
     tracker.metrics({METRIC: result[METRIC]}, position)
     for name in (SHEET, STRIP):

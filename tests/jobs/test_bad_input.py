@@ -116,6 +116,12 @@ def test_images_that_cannot_be_halved(run: Callable, root: str) -> None:
     assert "images have a side of 9 pixels" in err and "must be a multiple of 2" in err
 
 
+def test_a_url_beside_the_builtin_digits_is_not_ignored(run: Callable, root: str) -> None:
+    code, err, _ = run(train.main, "digits", "--root", root, "--data.url", "/somewhere", "--dry-run")
+    assert code == 2
+    assert "data.url is /somewhere and data.builtin is digits; only one can be: add --data.builtin none" in err
+
+
 def test_no_data_at_all(run: Callable) -> None:
     code, err, _ = run(train.main)
     assert code == 2
