@@ -103,9 +103,10 @@ def _train_on(job: TrainJob, data: Folder, manifest: Manifest) -> dict[str, Any]
         about = describe(job, data, manifest, tracker)
         with cluster():
             summary = _train(job, data, manifest, about, tracker)
-            tracker.tags({"brickyard.export": export(job)})
+            trained = Trained.find(job.run.url)  # once: it reads every byte
+            tracker.tags({"brickyard.export": export(job, trained)})
             if job.evaluate_images:
-                summary |= evaluate(job, tracker)
+                summary |= evaluate(job, trained, tracker)
         tracker.finish("FINISHED")
     except KeyboardInterrupt:
         tracker.finish("KILLED")
@@ -115,7 +116,7 @@ def _train_on(job: TrainJob, data: Folder, manifest: Manifest) -> dict[str, Any]
         raise
     return summary | {
         "run": job.run.url,
-        "images": Trained.find(job.run.url).checkpoint.position,
+        "images": trained.checkpoint.position,
         "data_digest": manifest.digest,
         "tracking_run": tracker.run_id,
         "see": tracker.url,
@@ -246,9 +247,9 @@ def count_parameters(job: TrainJob, manifest: Manifest) -> int:
         return sum(p.numel() for p in UNet(job.network, manifest.channels, manifest.side).parameters())
 
 
-def export(job: TrainJob) -> str:
+def export(job: TrainJob, trained: Trained) -> str:
     """Write ε_θ and its average as safetensors with a config.json into the run's ``export/``; return its URL."""
-    trained, folder = Trained.find(job.run.url), job.run / "export"
+    folder = job.run / "export"
     for name, averaged in (("model", False), ("ema", True)):
         weights = {k: v.contiguous() for k, v in trained.network(averaged).state_dict().items()}
         folder.put(f"{name}.safetensors", safetensors.torch.save(weights))
@@ -263,9 +264,8 @@ def export(job: TrainJob) -> str:
     return folder.url
 
 
-def evaluate(job: TrainJob, tracker: Tracker) -> dict[str, Any]:
+def evaluate(job: TrainJob, trained: Trained, tracker: Tracker) -> dict[str, Any]:
     """Draw samples from the newest checkpoint, score them, and record both."""
-    trained = Trained.find(job.run.url)
     position = trained.checkpoint.position
     # Other settings, or other weights at the same position, make other samples, in a folder of their own.
     what = [trained.checkpoint.digest, to_dict(job.draw), job.evaluate_images]
