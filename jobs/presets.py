@@ -1,5 +1,6 @@
 """Named runs. Each states its command, what it runs on, how long it takes there and what comes out."""
 
+from models.network import NetworkConfig
 from models.unet import UNetConfig
 from pipelines.config import DataConfig, DrawConfig, ScalingConfig, TrainJob
 from pipelines.fit import FitConfig
@@ -8,7 +9,7 @@ from pipelines.ingest import IngestConfig
 DIGITS = TrainJob(
     name="digits",
     data=DataConfig(builtin="digits", ingest=IngestConfig(side=8, channels=1, shard_rows=512)),
-    network=UNetConfig(channels=32, multipliers=(1, 2), blocks=1, attention=(4,)),
+    network=NetworkConfig(unet=UNetConfig(channels=32, multipliers=(1, 2), blocks=1, attention=(4,))),
     fit=FitConfig(images=204_800, batch_images=128, micro_images=64),
     scaling=ScalingConfig(workers=2),
     evaluate_images=1797,
@@ -20,7 +21,9 @@ loss of 0.083, a Fréchet distance in pixels between 0.04 and 0.05."""
 CIFAR10 = TrainJob(
     name="cifar10",
     data=DataConfig(url="s3://bucket/cifar10", ingest=IngestConfig(side=32, channels=3)),
-    network=UNetConfig(channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,), groups=32),
+    network=NetworkConfig(
+        unet=UNetConfig(channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,), groups=32)
+    ),
     fit=FitConfig(
         images=102_400_000,
         batch_images=128,

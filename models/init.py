@@ -2,14 +2,17 @@
 
 import math
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from models.noise import words
+from models.noise import normal, words
+
+M = TypeVar("M", bound=nn.Module)
 
 
-def empty(make: Callable[[], nn.Module]) -> nn.Module:
+def empty(make: Callable[[], M]) -> M:
     """Make a module whose parameters have memory but no values yet, and draw nothing while making it."""
     with torch.device("meta"):
         model = make()
@@ -21,29 +24,45 @@ def initialize(model: nn.Module, seed: int) -> None:
     """Fill every parameter of a model in place.
 
     Convolutions and linear layers: uniform in ±1/√fan_in, torch's own default. Normalisations: scale 1, shift 0.
-    Layers that carry ``starts_at_zero``: zero. Names are part of the key: this comes before any wrapper.
+    Embeddings: N(0, 0.02²). A layer can ask for something else: ``starts_at_zero`` for zero, ``first_weights`` for
+    ``xavier``, uniform in ±√(6/(fan_in + fan_out)), or ``normal``, N(0, 0.02²), both with a bias of zero.
+    Names are part of the key: this comes before any wrapper.
 
     Raises:
         TypeError: for a module with parameters of its own of a kind that is not listed above.
     """
     for name, module in model.named_modules():
-        own = dict(module.named_parameters(recurse=False))
-        if not own:
-            continue
-        if getattr(module, "starts_at_zero", False):
-            for parameter in own.values():
-                parameter.zero_()
-        elif isinstance(module, nn.GroupNorm):
-            module.weight.fill_(1.0)
-            module.bias.zero_()
-        elif isinstance(module, nn.Conv2d | nn.Linear):
-            bound = 1 / math.sqrt(module.weight[0].numel())
-            for leaf, parameter in own.items():
-                parameter.copy_(_uniform(seed, f"{name}.{leaf}", parameter.shape).mul_(2 * bound).sub_(bound))
-        else:
-            raise TypeError(f"no rule for the first weights of {name}, a {type(module).__name__}")
+        for leaf, parameter in module.named_parameters(recurse=False):
+            parameter.copy_(_first(_rule(module, name), module, leaf, seed, f"{name}.{leaf}"))
 
 
-def _uniform(seed: int, name: str, shape: torch.Size) -> Tensor:
+def _rule(module: nn.Module, name: str) -> str:
+    if getattr(module, "starts_at_zero", False):
+        return "zero"
+    if isinstance(module, nn.GroupNorm | nn.LayerNorm):
+        return "identity"
+    if isinstance(module, nn.Embedding):
+        return "normal"
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        return str(getattr(module, "first_weights", "torch"))
+    raise TypeError(f"no rule for the first weights of {name}, a {type(module).__name__}")
+
+
+def _first(rule: str, module: Any, leaf: str, seed: int, name: str) -> Tensor:
+    shape, weight = getattr(module, leaf).shape, module.weight
+    if rule == "torch":
+        return _uniform(seed, name, shape, 1 / math.sqrt(weight[0].numel()))
+    if rule == "zero" or leaf == "bias":
+        return torch.zeros(shape)
+    if rule == "identity":
+        return torch.ones(shape)
+    if rule == "normal":
+        return normal(seed, f"init {name}", torch.zeros(1, dtype=torch.long), tuple(shape))[0].mul_(0.02)
+    assert rule == "xavier", rule
+    return _uniform(seed, name, shape, math.sqrt(6 / (weight[0].numel() + weight[:, 0].numel())))
+
+
+def _uniform(seed: int, name: str, shape: torch.Size, bound: float) -> Tensor:
     drawn = words(seed, f"init {name}", torch.zeros(1, dtype=torch.long), step=0, blocks=-(-shape.numel() // 4))
-    return torch.stack(drawn, dim=-1).flatten()[: shape.numel()].float().mul_(2.0**-32).view(shape)
+    unit = torch.stack(drawn, dim=-1).flatten()[: shape.numel()].float().mul_(2.0**-32).view(shape)
+    return unit.mul_(2 * bound).sub_(bound)

@@ -12,14 +12,16 @@ from torch import Tensor
 from models.philox import MASK, philox_4x32, stream_key
 
 
-def words(seed: int, stream: str, position: Tensor, step: int, blocks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def words(
+    seed: int, stream: str, position: Tensor, step: int | Tensor, blocks: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return ``4 * blocks`` random 32-bit words for each position, as four int64 tensors of shape [B, blocks].
 
     Args:
         seed: any integer; the seed of the run.
         stream: what the words are for; streams are independent of each other.
         position: int64 [B], the position of each image in the run, or the seed of each sample.
-        step: 0 <= step < 2**32, the place within a chain that draws more than once for one image.
+        step: 0 <= step < 2**32, the place within a chain that draws more than once for one image; or int64 [B, 1].
         blocks: how many Philox blocks of four words.
     """
     block = torch.arange(blocks, device=position.device)  # [blocks]
@@ -27,7 +29,7 @@ def words(seed: int, stream: str, position: Tensor, step: int, blocks: int) -> t
     return philox_4x32((block, low, high, step), stream_key(seed, stream))
 
 
-def normal(seed: int, stream: str, position: Tensor, shape: tuple[int, ...], step: int = 0) -> Tensor:
+def normal(seed: int, stream: str, position: Tensor, shape: tuple[int, ...], step: int | Tensor = 0) -> Tensor:
     """Return float32 standard normals of shape [B, *shape] on the device of ``position`` (int64 [B]).
 
     Box-Muller: two uniform words make two normals, √(-2 ln u) (cos 2πv, sin 2πv). The largest is √(2 ln 2³³) = 6.8.

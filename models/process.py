@@ -23,3 +23,18 @@ def x_0_from_eps(x_t: Tensor, t: Tensor, eps: Tensor, schedule: Schedule) -> Ten
 def eps_from_x_0(x_t: Tensor, t: Tensor, x_0: Tensor, schedule: Schedule) -> Tensor:
     """ε = (x_t - ᾱ_t x_0)/β̄_t, the noise that a picture implies; t >= 1."""
     return (x_t - at(schedule.alpha_bar, t, x_t) * x_0) / at(schedule.beta_bar, t, x_t)
+
+
+def v_from_eps(x_t: Tensor, t: Tensor, eps: Tensor, schedule: Schedule) -> Tensor:
+    """v = ᾱ_t ε - β̄_t x_0 = (ε - β̄_t x_t)/ᾱ_t, the velocity of a picture that turns into noise."""
+    return (eps - at(schedule.beta_bar, t, x_t) * x_t) / at(schedule.alpha_bar, t, x_t)
+
+
+def eps_from_v(x_t: Tensor, t: Tensor, v: Tensor, schedule: Schedule) -> Tensor:
+    """ε = ᾱ_t v + β̄_t x_t."""
+    return at(schedule.alpha_bar, t, x_t) * v + at(schedule.beta_bar, t, x_t) * x_t
+
+
+def x_0_from_v(x_t: Tensor, t: Tensor, v: Tensor, schedule: Schedule) -> Tensor:
+    """x_0 = ᾱ_t x_t - β̄_t v."""
+    return at(schedule.alpha_bar, t, x_t) * x_t - at(schedule.beta_bar, t, x_t) * v

@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 from pipelines.errors import DamagedError, DataError
-from pipelines.fit import State, World
+from pipelines.fit import State
 from pipelines.storage import Folder
+from pipelines.world import World
 
 MANIFEST = "manifest.json"
 PREFIX = "checkpoint-"
@@ -164,6 +165,9 @@ def load(folder: Folder, checkpoint: Checkpoint, state: State, world: World) -> 
         state.model, state.optimizer, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True)
     )
     state.ema.shadow.update(tensors["ema"])
+    state.ema.power.update(tensors["ema_power"])
+    state.timesteps.state.update(tensors["timesteps"])
+    state.timesteps.refresh()
     state.position = checkpoint.position
 
 
@@ -178,10 +182,16 @@ def load_weights(folder: Folder, checkpoint: Checkpoint, model: torch.nn.Module,
         dcp.load({"ema" if averaged else "model": weights}, checkpoint_id=str(local), no_dist=True)
 
 
-def _tensors(state: State) -> dict[str, dict[str, Tensor]]:
+def _tensors(state: State) -> dict[str, dict[str, Any]]:
     """All that a checkpoint holds: tensors only. The rest of the optimizer is the configuration."""
     optimizer = {name: value for name, value in _optimizer_state(state).items() if isinstance(value, Tensor)}
-    return {"model": dict(state.model.state_dict()), "optimizer": optimizer, "ema": dict(state.ema.shadow)}
+    return {
+        "model": dict(state.model.state_dict()),
+        "optimizer": optimizer,
+        "ema": dict(state.ema.shadow),
+        "ema_power": {std: dict(shadow) for std, shadow in state.ema.power.items()},
+        "timesteps": dict(state.timesteps.state),
+    }
 
 
 def _optimizer_state(state: State) -> dict[str, Any]:

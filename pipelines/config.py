@@ -7,22 +7,23 @@ logged; handing that file back with ``--config`` repeats the run.
 import difflib
 import re
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from models.samplers import SAMPLERS
-from models.schedule import ScheduleConfig
-from models.unet import UNetConfig
-from pipelines.errors import ConfigurationError, DataError
+from models.network import NetworkConfig
+from models.samplers import SAMPLERS, Sampler, ddim
+from models.schedule import ScheduleConfig, Spacing
+from pipelines.errors import ConfigurationError, DataError, checked
 from pipelines.fit import FitConfig
 from pipelines.ingest import IngestConfig
 from pipelines.storage import Folder
 
 T = TypeVar("T")
-SamplerName = Literal["greedy", "random", "posterior", "ddim", "dpm-solver"]
+SamplerName = Literal["greedy", "random", "posterior", "ddim", "dpm-solver", "heun"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,11 +94,22 @@ class DrawConfig:
     sampler: SamplerName = "dpm-solver"
     """The way from noise to a picture. Greedy runs to the mode: look at it, but do not score it."""
     steps: int = 20
-    """Evaluations of the network for each sample, at most the T of the schedule."""
+    """Strides from noise to picture, at most the T of the schedule: evaluations of the network, of which heun takes two
+    a stride and one in the last."""
+    spacing: Spacing = "even"
+    """Where the strides end: even in t, growing with t (quadratic), or even in the log of the SNR."""
+    eta: float = 0.0
+    """Noise that ddim puts back: 0 for none, 1 for as much as posterior."""
+    label: str = ""
+    """Draw this label only. Empty: seed i has label i modulo their number, if the network knows labels."""
+    guidance: float = 1.0
+    """How far the label is exaggerated (classifier-free guidance); 1 for not at all."""
     clip: bool = True
     """Keep the picture that each prediction implies within the range of pixels."""
     weights: Literal["ema", "last"] = "ema"
     """The average of the weights along the run, or the last ones."""
+    ema_std: float = 0.0
+    """Width of a power-function average, made of what fit.ema.power_stds left; 0 for the average above."""
     shard_images: int = 256
     """Seeds per file."""
     batch_images: int = 64
@@ -112,6 +124,19 @@ class DrawConfig:
         for name in ("steps", "shard_images", "batch_images", "actors"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"draw.{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.eta <= 1:
+            raise ConfigurationError(f"draw.eta is {self.eta}; it must lie in 0..1")
+        if self.eta and self.sampler != "ddim":
+            raise ConfigurationError(f"draw.eta is {self.eta} and draw.sampler {self.sampler}; only ddim takes an eta")
+        if not self.guidance >= 0:
+            raise ConfigurationError(f"draw.guidance is {self.guidance}; it must not be negative: try 1")
+        if self.ema_std and self.weights == "last":
+            raise ConfigurationError(f"draw.ema_std is {self.ema_std} and draw.weights is last; take draw.weights ema")
+
+    @property
+    def walk(self) -> Sampler:
+        """The sampler with its settings."""
+        return partial(ddim, eta=self.eta) if self.sampler == "ddim" else SAMPLERS[self.sampler]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +150,7 @@ class TrainJob:
     seed: int = 0
     """Everything that the run draws is a function of this and of positions."""
     data: DataConfig = field(default_factory=DataConfig)
-    network: UNetConfig = field(default_factory=UNetConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     fit: FitConfig = field(default_factory=FitConfig)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
@@ -152,6 +177,14 @@ class TrainJob:
             raise ConfigurationError(f"evaluate_images is {self.evaluate_images}; it must be 0, or at least 2")
         self.fit.check_workers(self.scaling.workers)
         check_steps(self.draw, self.schedule)
+        with checked():
+            self.fit.objective.check_schedule(self.schedule.zero_terminal_snr)
+            self.fit.timesteps.check_schedule(self.schedule.tables())
+        if (self.draw.label or self.draw.guidance != 1) and not self.network.labels:
+            raise ConfigurationError(
+                f"draw.label is {self.draw.label!r} and draw.guidance {self.draw.guidance}; both need a network that "
+                "learns labels: add --network.labels"
+            )
 
     @property
     def run(self) -> Folder:

@@ -5,7 +5,7 @@ import numpy as np
 from pipelines.images import encode
 from pipelines.storage import Folder
 
-DIGITS = 1797
+DIGITS, LABELS = 1797, [str(digit) for digit in range(10)]
 
 
 def write_digits(folder: Folder) -> None:

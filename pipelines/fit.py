@@ -9,20 +9,24 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
+import numpy as np
 import torch
-import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from models.ema import EMA, EMAConfig
+from models.network import EpsNetwork
 from models.noise import normal, words
-from models.objective import reduced_loss
+from models.objective import Network, ObjectiveConfig, as_eps, training_loss
 from models.parallelize import parallelize
-from models.samplers import dpm_solver, sample
+from models.samplers import dpm_solver, guided, sample
 from models.schedule import Schedule
-from models.timesteps import stratified
+from models.timesteps import TimestepConfig, Timesteps
 from pipelines.errors import ConfigurationError
+from pipelines.world import World
 
 BANDS = 4
 """Parts of 1..T, from the almost clean to the almost noise, whose losses are told apart."""
@@ -48,6 +52,10 @@ class FitConfig:
     """Largest norm of the gradient; longer ones are shortened to it."""
     flip: bool = False
     """Mirror half of the images, left to right."""
+    label_dropout: float = 0.1
+    """Share of the images whose label the network is not told, so that it learns both; for network.labels."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    timesteps: TimestepConfig = field(default_factory=TimestepConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     log_images: int = 12_800
     """Images between two reports; a multiple of batch_images."""
@@ -85,6 +93,8 @@ class FitConfig:
         for name in ("warm_up_images", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ConfigurationError(f"fit.{name} is {getattr(self, name)}; it must not be negative")
+        if not 0 <= self.label_dropout <= 1:
+            raise ConfigurationError(f"fit.label_dropout is {self.label_dropout}; it must lie in 0..1: try 0.1")
 
     def check_workers(self, workers: int) -> None:
         """Raise ConfigurationError unless the workers divide the batch into whole micro-batches."""
@@ -98,36 +108,14 @@ class FitConfig:
             )
 
 
-@dataclass(frozen=True)
-class World:
-    """Where this worker stands among all."""
-
-    rank: int = 0
-    size: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Return the sum over all workers. (all ranks)"""
-        if self.size > 1:
-            dist.all_reduce(values)
-        return values
-
-    def gather(self, rows: Tensor) -> Tensor:
-        """Return every worker's rows, [world * n, …], worker after worker. (all ranks)"""
-        if self.size == 1:
-            return rows
-        parts = [torch.empty_like(rows) for _ in range(self.size)]
-        dist.all_gather(parts, rows.contiguous())
-        return torch.cat(parts)
-
-
 @dataclass
 class State:
     """All that a run is at a position."""
 
-    model: nn.Module
+    model: EpsNetwork
     optimizer: torch.optim.Optimizer
     ema: EMA
+    timesteps: Timesteps
     position: int = 0
     """Images seen."""
 
@@ -149,12 +137,14 @@ class DivergedError(Exception):
     """The gradient is not finite; the optimizer has not moved. The message names the positions of the batch."""
 
 
-def new_state(model: nn.Module, config: FitConfig) -> State:
-    """Return the state at position 0 of a model whose first weights are in place."""
+def new_state(model: EpsNetwork, config: FitConfig, schedule: Schedule) -> State:
+    """Return the state at position 0 of a model on its device, whose first weights are in place."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, foreach=True
     )
-    return State(model, optimizer, EMA(model, config.ema))
+    device = next(model.parameters()).device
+    timesteps = Timesteps(config.timesteps, schedule, config.batch_images, device)
+    return State(model, optimizer, EMA(model, config.ema), timesteps)
 
 
 def fit(
@@ -182,11 +172,12 @@ def fit(
     """
     world = world or World()
     model, optimizer, T = state.model, state.optimizer, schedule.steps
+    tables = schedule.to(world.device)
     parallel = parallelize(model, "ddp" if world.size > 1 else "single", world.device)
     accumulation = config.batch_images // (config.micro_images * world.size)
     dtype = next(model.parameters()).dtype
-    sums = torch.zeros(2, BANDS, dtype=dtype, device=world.device)  # loss and images of each band since the last report
-    since, waited = time.perf_counter(), 0.0
+    sums = torch.zeros(2, BANDS, dtype=dtype, device=world.device)  # loss and weight of each band since the last report
+    since, waited, reported = time.perf_counter(), 0.0, state.position
 
     while state.position < config.images:
         # The step's learning rate: it rises, then stays.
@@ -204,13 +195,15 @@ def fit(
             x_0 = pixels_to_x_0(torch.tensor(batch.image).to(world.device)).to(dtype)
             if config.flip:
                 x_0 = mirrored(x_0, seed, position)
-            t = stratified(seed, position, config.batch_images, T)
-            eps = normal(seed, "eps", position, tuple(x_0.shape[1:])).to(dtype, memory_format=torch.channels_last)
+            network = told_labels(parallel, batch.label, seed, position, config) if model.classes else parallel
+            t, weight = state.timesteps.draw(seed, position)
+            noise = partial(noise_like, x_0, seed, position)
             with nullcontext() if last or world.size == 1 else parallel.no_sync():  # type: ignore[operator]
-                losses = reduced_loss(parallel, x_0, t, eps, schedule)
-                (losses.mean() / accumulation).backward()  # type: ignore[no-untyped-call]
+                losses = training_loss(config.objective, network, x_0, t, noise, tables)
+                ((weight.to(dtype) * losses).mean() / accumulation).backward()  # type: ignore[no-untyped-call]
+            state.timesteps.observe(t, losses)
             band = (t - 1) * BANDS // T
-            sums.index_add_(1, band, torch.stack([losses.detach(), torch.ones_like(losses)]))
+            sums.index_add_(1, band, torch.stack([weight * losses.detach(), weight]).to(dtype))
 
         # One step of the optimizer, agreed on by all ranks: after the reduction the gradient is the same on each.
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
@@ -222,25 +215,26 @@ def fit(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         state.ema.update(model, state.position, config.batch_images)
+        state.timesteps.learn(world.sum)
 
         # Say how it goes.
         if state.position % config.log_images == 0 or state.position == config.images:
-            loss, images = world.sum(sums).tolist()
+            loss, share = world.sum(sums).tolist()
             seconds = time.perf_counter() - since
             metrics = {
-                "loss": sum(loss) / sum(images),
-                **{f"loss_band_{i + 1}_of_{BANDS}": loss[i] / images[i] for i in range(BANDS) if images[i]},
+                "loss": sum(loss) / sum(share),
+                **{f"loss_band_{i + 1}_of_{BANDS}": loss[i] / share[i] for i in range(BANDS) if share[i]},
                 "gradient_norm": float(norm),
                 "learning_rate": optimizer.param_groups[0]["lr"],
-                "images_per_s": sum(images) / seconds,
+                "images_per_s": (state.position - reported) / seconds,
                 "data_wait_percent": 100 * waited / seconds,
             }
             if world.rank == 0:
                 listener.report(metrics, state.position)
             sums.zero_()
-            since, waited = time.perf_counter(), 0.0
+            since, waited, reported = time.perf_counter(), 0.0, state.position
         if state.position % config.grid_images == 0 or state.position == config.images:
-            grid = draw_grid(state, schedule, x_0.shape[1:], world)
+            grid = draw_grid(state, schedule, x_0.shape[1:], config.objective, world)
             if world.rank == 0:
                 listener.picture(grid, state.position)
         if state.position % config.checkpoint_images == 0 or state.position == config.images:
@@ -263,8 +257,27 @@ def mirrored(x_0: Tensor, seed: int, position: Tensor) -> Tensor:
     return torch.where(mirror[:, :, None, None] == 1, x_0.flip(3), x_0)
 
 
-def draw_grid(state: State, schedule: Schedule, shape: torch.Size, world: World, n: int = 64) -> Tensor:
+def noise_like(x_0: Tensor, seed: int, position: Tensor, stream: str) -> Tensor:
+    """Return the standard normals of a stream at the positions, in the form of x_0 [B, C, H, W]."""
+    return normal(seed, stream, position, tuple(x_0.shape[1:])).to(x_0.dtype, memory_format=torch.channels_last)
+
+
+def told_labels(
+    network: nn.Module, label: NDArray[np.int64], seed: int, position: Tensor, config: FitConfig
+) -> Network:
+    """Return the network with the labels of a batch ([B]) in its ear, but for those that the position drops."""
+    labels = torch.tensor(label, device=position.device)
+    drawn = words(seed, "label dropout", position, step=0, blocks=1)[0][:, 0]
+    kept = torch.where(drawn < int(config.label_dropout * 2.0**32), -1, labels)
+    return lambda x_t, t: network(x_t, t, kept)
+
+
+def draw_grid(
+    state: State, schedule: Schedule, shape: torch.Size, objective: ObjectiveConfig, world: World, n: int = 64
+) -> Tensor:
     """Draw the samples of seeds 0..n-1 from the average of the weights, shared out over the workers. (all ranks)
+
+    A network that knows labels is asked for one after the other.
 
     Returns:
         float [n, C, H, W] in [-1, 1], the same on every rank.
@@ -272,10 +285,13 @@ def draw_grid(state: State, schedule: Schedule, shape: torch.Size, world: World,
     share = -(-n // world.size)
     seeds = torch.arange(world.rank * share, (world.rank + 1) * share, device=world.device)
     dtype = next(state.model.parameters()).dtype
+    classes = state.model.classes
+    network = guided(state.model, seeds % classes) if classes else state.model
 
-    def eps_theta(x_t: Tensor, t: Tensor) -> Tensor:
-        return state.model(x_t.to(dtype), t).to(x_t.dtype)  # type: ignore[no-any-return]
+    def in_its_dtype(x_t: Tensor, t: Tensor) -> Tensor:
+        return network(x_t.to(dtype), t).to(x_t.dtype)
 
+    eps_theta = as_eps(in_its_dtype, objective.target, schedule.to(world.device))
     with state.ema.applied_to(state.model):
-        x_0 = sample(dpm_solver, eps_theta, schedule, seeds, tuple(shape), steps=20)
+        x_0 = sample(dpm_solver, eps_theta, schedule, seeds, tuple(shape), steps=min(20, schedule.steps))
     return world.gather(x_0)[:n]

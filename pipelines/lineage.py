@@ -5,14 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from models.init import empty
-from models.schedule import Schedule, ScheduleConfig, article
-from models.unet import UNet, UNetConfig
-from pipelines import checkpoints
+from models.network import EpsNetwork, NetworkConfig, build
+from models.objective import EpsTheta, ObjectiveConfig, Target, as_eps
+from models.samplers import guided
+from models.schedule import Schedule, ScheduleConfig
+from pipelines import checkpoints, exchange, snapshots
 from pipelines.checkpoints import Checkpoint
 from pipelines.config import from_dict
-from pipelines.errors import DataError
+from pipelines.errors import ConfigurationError, DataError
 from pipelines.storage import Folder
 
 
@@ -38,7 +41,7 @@ class Trained:
 
     @staticmethod
     def find(url: str) -> "Trained":
-        """Find the newest valid checkpoint of a run's folder, or the one whose own folder this is.
+        """Find the newest valid checkpoint of a run's folder, the one whose own folder this is, or a DDPMPipeline.
 
         Raises:
             DataError: if there is none, or if the one that is named is damaged.
@@ -46,25 +49,65 @@ class Trained:
         folder = Folder(url)
         if folder.exists(checkpoints.MANIFEST):
             return Trained(folder, checkpoints.read_verified(folder))
+        if folder.exists(exchange.INDEX):
+            return Imported(folder, exchange.read_pipeline(folder))
         if found := checkpoints.newest(folder):
             return Trained(*found)
         raise DataError(
-            f"{folder.url} holds no valid checkpoint; give the folder of a run of jobs/train.py, or of one checkpoint"
+            f"{folder.url} holds no valid checkpoint; give the folder of a run of jobs/train.py, of one checkpoint, "
+            "or of a DDPMPipeline"
         )
 
     def schedule(self) -> Schedule:
-        return schedule_of(from_dict(ScheduleConfig, self.checkpoint.config["schedule"], self.folder.url))
+        return from_dict(ScheduleConfig, self.checkpoint.config["schedule"], self.folder.url).tables()
 
-    def network(self, averaged: bool) -> UNet:
-        """Return ε_θ with the weights of the checkpoint, or their average, ready to evaluate on the CPU."""
-        config = from_dict(UNetConfig, self.checkpoint.config["network"], self.folder.url)
+    @property
+    def target(self) -> Target:
+        """What the network puts out."""
+        objective = self.checkpoint.config["fit"]["objective"]
+        return from_dict(ObjectiveConfig, objective, self.folder.url).target
+
+    @property
+    def labels(self) -> list[str]:
+        """The labels that the network knows."""
+        return self.checkpoint.labels if self._network_config.labels else []
+
+    @property
+    def _network_config(self) -> NetworkConfig:
+        return from_dict(NetworkConfig, self.checkpoint.config["network"], self.folder.url)
+
+    def eps_theta(self, network: EpsNetwork, label: Tensor, guidance: float) -> EpsTheta:
+        """Return the ε̂ of a network for pictures of the given labels, int64 [B]."""
+        told = guided(network, label, guidance) if self.labels else network
+        return as_eps(told, self.target, self.schedule().to(label.device))
+
+    def network(self, averaged: bool, std: float = 0.0) -> EpsNetwork:
+        """Return the network with the weights of the checkpoint, or their average, ready to evaluate on the CPU.
+
+        With ``std``, the average is the power-function one of this width, made of the run's snapshots.
+
+        Raises:
+            ConfigurationError: if the run left no snapshots for it.
+            DataError: if a file is missing or is not what was committed.
+        """
         channels, height, _ = self.checkpoint.shape
-        model = empty(lambda: UNet(config, channels, height))
+        model = empty(lambda: build(self._network_config, channels, height, len(self.checkpoint.labels)))
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        checkpoints.load_weights(self.folder, self.checkpoint, model, averaged)
+        self._fill(model, averaged, std)
         return model.requires_grad_(False).eval()  # type: ignore[no-any-return]
 
+    def _fill(self, model: nn.Module, averaged: bool, std: float) -> None:
+        if std:
+            run = Folder(self.folder.url.rpartition("/")[0])
+            model.load_state_dict(snapshots.average(run, self.checkpoint.position, std))
+        else:
+            checkpoints.load_weights(self.folder, self.checkpoint, model, averaged)
 
-def schedule_of(config: ScheduleConfig) -> Schedule:
-    """Return the tables of a configured schedule."""
-    return article(config.T, config.rate)
+
+class Imported(Trained):
+    """A network that came from elsewhere, with one set of weights."""
+
+    def _fill(self, model: nn.Module, averaged: bool, std: float) -> None:
+        if std:
+            raise ConfigurationError(f"draw.ema_std is {std}; {self.folder.url} came without snapshots: leave it at 0")
+        model.load_state_dict(exchange.read_pipeline_weights(self.folder, self.checkpoint))

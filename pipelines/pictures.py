@@ -22,8 +22,12 @@ def contact_sheet(pixels: Pixels) -> Pixels:
     return grid(pixels, columns, scale=max(1, 768 // (columns * pixels.shape[2])))
 
 
-def strip(x_0: Tensor, eps_theta: EpsTheta, schedule: Schedule, sampler: Sampler, steps: int, seed: int) -> Pixels:
+def strip(
+    x_0: Tensor, eps_theta: EpsTheta, schedule: Schedule, respaced: Schedule, sampler: Sampler, seed: int
+) -> Pixels:
     """Lay out two rows: x_0 [1, C, H, W] torn down to x_T, and below it the sample of a seed built up from x_T.
+
+    The sampler walks along ``respaced``.
 
     The lower row is in the order of the building, so the two read as a round trip: down along the first, and back
     along the second.
@@ -35,7 +39,6 @@ def strip(x_0: Tensor, eps_theta: EpsTheta, schedule: Schedule, sampler: Sampler
     eps = normal(0, "strip", torch.zeros(1, dtype=torch.long), tuple(x_0.shape[1:])).expand(PIECES, -1, -1, -1)
     torn_down = demolish(x_0.expand(PIECES, -1, -1, -1), t, eps, schedule)
 
-    respaced = schedule.respaced(steps)
     x_T, noise = sample_noise(torch.tensor([seed]), tuple(x_0.shape[1:]))
     with torch.no_grad():
         way = list(sampler(clip_x_0(eps_theta, schedule), x_T, respaced, noise))

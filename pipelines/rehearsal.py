@@ -5,14 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.unet import UNet
+from models.network import build
 from pipelines import checkpoints
 from pipelines.config import TrainJob
-from pipelines.digits import DIGITS
+from pipelines.digits import DIGITS, LABELS
 from pipelines.ingest import IngestPlan
 from pipelines.storage import Folder
 from pipelines.tracking import reach, resolve_uri
-from pipelines.training import RUN, check_claim, check_shape, data_source, find_data
+from pipelines.training import RUN, check_claim, check_labels, check_shape, data_source, find_data
 
 
 def dry_run(job: TrainJob) -> dict[str, Any]:
@@ -25,6 +25,7 @@ def dry_run(job: TrainJob) -> dict[str, Any]:
     if job.data.builtin == "digits" and not data_source(job).names():
         form = job.data.ingest
         images, side, channels = DIGITS, form.side, int(form.channels)
+        check_labels(job, LABELS)
     else:
         _, data = find_data(job)
         manifest = data.finished() if isinstance(data, IngestPlan) else data
@@ -56,7 +57,7 @@ def memory_per_worker(job: TrainJob, side: int, channels: int) -> int:
         return tensor
 
     with torch.device("meta"):
-        model = UNet(job.network, channels, side)
+        model = build(job.network, channels, side, classes=int(job.network.labels))
         x = torch.empty(job.fit.micro_images, channels, side, side)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             model(x, torch.zeros(len(x), dtype=torch.long))

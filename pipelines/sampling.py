@@ -11,7 +11,6 @@ import json
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -22,16 +21,16 @@ import ray.data
 import torch
 from ray.data import ActorPoolStrategy
 
-from models.samplers import SAMPLERS, sample
-from models.unet import UNet
+from models.network import EpsNetwork
+from models.samplers import sample
 from pipelines.cluster import cluster
-from pipelines.config import DrawConfig, SampleJob
-from pipelines.errors import ConfigurationError, DataError
+from pipelines.config import SampleJob
+from pipelines.errors import DataError
 from pipelines.fit import pixels_to_x_0, x_0_to_pixels
 from pipelines.images import Pixels, decode, encode
-from pipelines.lineage import Trained, git_revision
 from pipelines.manifest import Manifest
 from pipelines.pictures import contact_sheet, strip
+from pipelines.sample_plan import SamplePlan, check_claim, identity, plan_samples
 from pipelines.storage import Folder
 
 MANIFEST, SUCCESS = "manifest.json", "_SUCCESS"
@@ -40,27 +39,6 @@ SHEET_IMAGES = 100
 AGAIN = "delete that file and run the sampling job again"
 
 log = logging.getLogger("brickyard.sampling")
-
-
-@dataclass(frozen=True)
-class SamplePlan:
-    """Which seeds go into which shard, drawn how."""
-
-    trained: Trained
-    out: Folder
-    seeds: range
-    draw: DrawConfig
-    lineage: dict[str, Any]
-
-    @property
-    def shards(self) -> int:
-        return -(-len(self.seeds) // self.draw.shard_images)
-
-    def shard_name(self, shard: int) -> str:
-        return f"part-{shard:06d}.parquet"
-
-    def shard_seeds(self, shard: int) -> range:
-        return self.seeds[shard * self.draw.shard_images : (shard + 1) * self.draw.shard_images]
 
 
 class DrawShard:
@@ -73,9 +51,11 @@ class DrawShard:
         self.schedule = plan.trained.schedule()
 
     @cached_property
-    def network(self) -> UNet:
+    def network(self) -> EpsNetwork:
         # Not in the constructor: what fails there is told as a dead actor, and tried again.
-        return self.plan.trained.network(averaged=self.plan.draw.weights == "ema").to(self.device)
+        return self.plan.trained.network(averaged=self.plan.draw.weights == "ema", std=self.plan.draw.ema_std).to(
+            self.device
+        )
 
     def __call__(self, rows: dict[str, Any]) -> Iterator[dict[str, Any]]:
         for shard in rows["id"].tolist():
@@ -90,16 +70,19 @@ class DrawShard:
         draw, size = self.plan.draw, len(seeds)
         # Batches are always full: a convolution may round differently in a batch of another size.
         full = torch.arange(seeds.start, seeds.start + draw.batch_images, device=self.device)
-        shape = self.plan.trained.checkpoint.shape
+        trained = self.plan.trained
+        eps_theta = trained.eps_theta(self.network, self.plan.labels(full), draw.guidance)
         with torch.inference_mode():
-            x_0 = sample(SAMPLERS[draw.sampler], self.network, self.schedule, full, shape, draw.steps, draw.clip)
+            x_0 = sample(
+                draw.walk, eps_theta, self.schedule, full, trained.checkpoint.shape, draw.steps, draw.clip, draw.spacing
+            )
         return x_0_to_pixels(x_0)[:size].cpu().numpy()
 
     def _parquet(self, seeds: range, pixels: Pixels) -> bytes:
         table = pa.table(
             {
                 "seed": pa.array(seeds, pa.int64()),
-                "label": pa.array([-1] * len(seeds), pa.int32()),
+                "label": pa.array(self.plan.labels(torch.tensor(seeds)).tolist(), pa.int32()),
                 "image": pa.array([encode(picture, "png") for picture in pixels], pa.binary()),
             }
         ).replace_schema_metadata({"brickyard": json.dumps(self.plan.lineage)})
@@ -110,33 +93,6 @@ class DrawShard:
 
 def _batches(seeds: range, size: int) -> Iterator[range]:
     return (seeds[start : start + size] for start in range(0, len(seeds), size))
-
-
-def plan_samples(job: SampleJob) -> SamplePlan:
-    """Resolve what a job is to draw, from which checkpoint.
-
-    Raises:
-        DataError: if there is no checkpoint.
-        ConfigurationError: if the sampler does not fit the checkpoint's schedule.
-    """
-    trained = Trained.find(job.checkpoint)
-    checkpoint = trained.checkpoint
-    if job.draw.steps > trained.schedule().steps:
-        raise ConfigurationError(
-            f"draw.steps is {job.draw.steps}; it must be at most the T of the checkpoint, {trained.schedule().steps}"
-        )
-    lineage = {
-        "checkpoint": trained.folder.url,
-        "checkpoint_digest": checkpoint.digest,
-        "position": checkpoint.position,
-        "tracking_uri": checkpoint.tracking_uri,
-        "tracking_run": checkpoint.tracking_run,
-        "data_digest": checkpoint.data_digest,
-        "data_url": checkpoint.data_url,
-        "draw": {name: getattr(job.draw, name) for name in ("sampler", "steps", "clip", "weights", "batch_images")},
-        "git_revision": git_revision(),
-    }
-    return SamplePlan(trained, Folder(job.out), job.seed_range, job.draw, lineage)
 
 
 def draw_samples(plan: SamplePlan) -> dict[str, Any]:
@@ -151,7 +107,7 @@ def draw_samples(plan: SamplePlan) -> dict[str, Any]:
     """
     out, began = plan.out, time.perf_counter()
     if not out.create("plan.json", json.dumps(identity(plan), indent=1).encode()):
-        _check_claim(plan)
+        check_claim(plan)
     present = set(out.names())
     missing = [shard for shard in range(plan.shards) if plan.shard_name(shard) not in present]
     drawn = 0
@@ -174,27 +130,6 @@ def draw_samples(plan: SamplePlan) -> dict[str, Any]:
         "strip": f"{out.url}/{STRIP}",
         "lineage": plan.lineage,
     }
-
-
-def identity(plan: SamplePlan) -> dict[str, Any]:
-    """Return what makes a set of samples the one that it is."""
-    settings = {**plan.lineage, "shard_images": plan.draw.shard_images}
-    settings["seeds"] = [plan.seeds.start, plan.seeds.stop - 1]
-    # The digest says which checkpoint, wherever it lies now and whoever keeps the record.
-    for name in ("git_revision", "checkpoint", "data_url", "tracking_uri"):
-        del settings[name]
-    return settings
-
-
-def _check_claim(plan: SamplePlan) -> None:
-    """Refuse a folder that holds other samples."""
-    mine, theirs = identity(plan), json.loads(plan.out.get("plan.json"))
-    for name in mine:
-        if mine[name] != theirs.get(name):
-            raise ConfigurationError(
-                f"{plan.out.url} holds other samples: their {name} is {theirs.get(name)}, this job's is {mine[name]}; "
-                "give another --out, or delete that folder"
-            )
 
 
 def _draw_missing(plan: SamplePlan, missing: list[int]) -> ray.data.Dataset:
@@ -254,11 +189,15 @@ def read_samples(folder: Folder, names: list[str], shape: tuple[int, int, int]) 
 def draw_strip(plan: SamplePlan) -> Pixels:
     """Draw the strip of the first image of the training data torn down, and of the first seed built up."""
     trained, draw = plan.trained, plan.draw
+    if not trained.checkpoint.data_url:
+        raise DataError("it is not on record what the network was trained on")
     folder = Folder(trained.checkpoint.data_url)
     pixels, _ = Manifest.load(folder).read(folder, np.array([0]))
     x_0 = pixels_to_x_0(torch.tensor(pixels))
-    network = trained.network(averaged=draw.weights == "ema")
-    return strip(x_0, network, trained.schedule(), SAMPLERS[draw.sampler], draw.steps, plan.seeds.start)
+    network = trained.network(averaged=draw.weights == "ema", std=draw.ema_std)
+    eps_theta = trained.eps_theta(network, plan.labels(torch.tensor(plan.seeds[:1])), draw.guidance)
+    respaced = trained.schedule().respaced(draw.steps, draw.spacing)
+    return strip(x_0, eps_theta, trained.schedule(), respaced, draw.walk, plan.seeds.start)
 
 
 def verify(folder: Folder) -> dict[str, Any]:
@@ -295,7 +234,7 @@ def dry_run(job: SampleJob) -> dict[str, Any]:
     plan = plan_samples(job)
     present = set(plan.out.names())
     if "plan.json" in present:
-        _check_claim(plan)
+        check_claim(plan)
     missing = [shard for shard in range(plan.shards) if plan.shard_name(shard) not in present]
     return {
         "dry_run": True,

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from pipelines.cluster import cluster
 from pipelines.config import ScoreJob
-from pipelines.errors import DataError
+from pipelines.errors import ConfigurationError, DataError
 from pipelines.images import Pixels
 from pipelines.manifest import Manifest
 from pipelines.sampling import MANIFEST, SUCCESS, read_samples
@@ -152,6 +152,11 @@ class Comparison:
                 f"{samples.url} is no finished set of samples: it has no {SUCCESS}; run jobs/sample.py first"
             )
         about = json.loads(samples.get(MANIFEST))
+        if not reference and not about["lineage"]["data_url"]:
+            raise ConfigurationError(
+                "reference is empty, and it is not on record what the network was trained on: give "
+                "--reference FOLDER of a data set"
+            )
         reference = reference or Folder(about["lineage"]["data_url"])
         manifest = Manifest.load(reference)
         channels, height, width = about["shape"]

@@ -14,17 +14,19 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from models.unet import UNet
+from models.network import build
 from pipelines import checkpoints
 from pipelines.checkpoints import Checkpoint
 from pipelines.cluster import cluster
 from pipelines.config import SampleJob, TrainJob, flatten, to_dict, to_yaml
 from pipelines.digits import write_digits
-from pipelines.errors import ConfigurationError
+from pipelines.errors import ConfigurationError, checked
+from pipelines.exchange import write_pipeline
 from pipelines.ingest import IngestPlan, ingest
 from pipelines.lineage import Trained, git_revision
 from pipelines.manifest import NAME, Manifest
-from pipelines.sampling import SHEET, STRIP, draw_samples, plan_samples
+from pipelines.sample_plan import plan_samples
+from pipelines.sampling import SHEET, STRIP, draw_samples
 from pipelines.scoring import MAX_FEATURES, METRIC, Comparison, score
 from pipelines.storage import Folder
 from pipelines.tracking import Tracker, open_tracker, resolve_uri, without_password
@@ -64,9 +66,7 @@ def in_words(summary: dict[str, Any]) -> str:
         f"{summary['images']:,} images seen, {summary['trained_images']:,} of them now, {summary['seconds']:.0f} s"
     ]
     if "loss" in summary:
-        lines += [
-            f"learned    to tell noise from picture with a mean squared error of {summary['loss']:.4f} (at first 1)"
-        ]
+        lines += [f"learned    to a loss of {summary['loss']:.4f}"]
     if METRIC in summary:
         lines += [
             f"score      Fréchet distance {summary[METRIC]:.4f} between samples and data, in pixels (0: alike)",
@@ -144,28 +144,38 @@ def find_data(job: TrainJob) -> tuple[Folder, Manifest | IngestPlan]:
     if source.exists(NAME):
         manifest = Manifest.load(source)
         check_shape(job, manifest.side, manifest.channels)
+        check_labels(job, manifest.labels)
         return source, manifest
     check_shape(job, job.data.ingest.side, job.data.ingest.channels)
     if job.data.builtin == "digits":
         write_digits(source)
     out = data_folder(job)
-    return out, IngestPlan.make(source, out, job.data.ingest)
+    found = IngestPlan.make(source, out, job.data.ingest)
+    check_labels(job, found.labels)
+    return out, found
 
 
 def check_shape(job: TrainJob, side: int, channels: int) -> None:
     """Raise ConfigurationError unless the network, and the score if there is to be one, take images of this shape."""
-    try:
+    with checked():
         job.network.check_side(side)
-    except ValueError as error:
-        raise ConfigurationError(str(error)) from error
     pixels = side * side * channels
     if job.evaluate_images and pixels > MAX_FEATURES:
         raise ConfigurationError(
             f"evaluate_images is {job.evaluate_images}; the score knows pixels only, up to {MAX_FEATURES} of them, and "
             f"these images have {pixels}: give --evaluate-images 0, and draw samples with jobs/sample.py"
         )
-    if idle := job.network.idle_attention(side):
-        log.warning("network.attention %s has no effect: no feature map has such a side", idle)
+    for sentence in job.network.idle_settings(side):
+        log.warning("%s", sentence)
+
+
+def check_labels(job: TrainJob, labels: list[str]) -> None:
+    """Raise ConfigurationError if labels are to be learned, or to be drawn, that the data set does not have."""
+    with checked():
+        job.network.check_classes(len(labels))
+    if job.draw.label and job.draw.label not in labels:
+        known = ", ".join(labels) or "there are none"
+        raise ConfigurationError(f"draw.label is {job.draw.label!r}; it must be a label of the data: {known}")
 
 
 def data_source(job: TrainJob) -> Folder:
@@ -244,11 +254,15 @@ def describe(job: TrainJob, data: Folder, manifest: Manifest, tracker: Tracker) 
 def count_parameters(job: TrainJob, manifest: Manifest) -> int:
     """Return the number of the network's parameters, without making them."""
     with torch.device("meta"):
-        return sum(p.numel() for p in UNet(job.network, manifest.channels, manifest.side).parameters())
+        model = build(job.network, manifest.channels, manifest.side, len(manifest.labels))
+        return sum(p.numel() for p in model.parameters())
 
 
 def export(job: TrainJob, trained: Trained) -> str:
-    """Write ε_θ and its average as safetensors with a config.json into the run's ``export/``; return its URL."""
+    """Write ε_θ and its average as safetensors with a config.json into the run's ``export/``; return its URL.
+
+    Where `diffusers` can say what it is, the folder is a ``DDPMPipeline`` of the average too.
+    """
     folder = job.run / "export"
     for name, averaged in (("model", False), ("ema", True)):
         weights = {k: v.contiguous() for k, v in trained.network(averaged).state_dict().items()}
@@ -256,11 +270,14 @@ def export(job: TrainJob, trained: Trained) -> str:
     about = {
         "network": to_dict(job.network),
         "schedule": to_dict(job.schedule),
+        "target": trained.target,
         "shape": trained.checkpoint.shape,
+        "labels": trained.labels,
         "position": trained.checkpoint.position,
         "checkpoint_digest": trained.checkpoint.digest,
     }
     folder.put("config.json", json.dumps(about, indent=1).encode())
+    write_pipeline(folder, job.network, trained.target, trained.checkpoint, weights, trained.schedule())
     return folder.url
 
 

@@ -28,13 +28,12 @@ from ray.util.queue import Empty, Full, Queue
 from torch import Tensor
 
 from models.init import empty, initialize
-from models.unet import UNet
-from pipelines import checkpoints
+from models.network import build
+from pipelines import checkpoints, snapshots
 from pipelines.checkpoints import Checkpoint
 from pipelines.config import TrainJob
 from pipelines.errors import ConfigurationError, DataError, TryAgainError
-from pipelines.fit import DivergedError, State, World, fit, new_state, x_0_to_pixels
-from pipelines.lineage import schedule_of
+from pipelines.fit import DivergedError, State, fit, new_state, x_0_to_pixels
 from pipelines.manifest import Manifest
 from pipelines.pictures import contact_sheet
 from pipelines.plan import Plan
@@ -42,6 +41,7 @@ from pipelines.progress import TrainingProgress
 from pipelines.storage import Folder
 from pipelines.stream import Deal, batches, execution_options, open_stream
 from pipelines.tracking import Tracker
+from pipelines.world import World
 
 MAX_WAITING = 1000
 """Messages that wait for the driver; further ones are dropped, training goes on."""
@@ -134,6 +134,8 @@ class WorkerListener:
 
     def checkpoint(self, state: State) -> None:
         began = time.perf_counter()
+        if self.world.rank == 0:
+            snapshots.keep(self.task.job.run, state)  # before the manifest: a committed checkpoint has its snapshots
         checkpoints.commit(self.task.job.run, state, self.task.about, self.world)
         if self.world.rank == 0:
             checkpoints.keep_newest(self.task.job.run, self.task.job.keep_checkpoints, state.position)
@@ -154,10 +156,11 @@ def train_worker(task: TrainTask) -> None:
     context = ray.train.get_context()
     world = World(context.get_world_rank(), context.get_world_size(), get_device())
     height, _, channels = task.manifest.shape
-    model = empty(lambda: UNet(job.network, channels, height))
+    model = empty(lambda: build(job.network, channels, height, len(task.manifest.labels)))
     initialize(model, job.seed)  # weights: 1. a function of the seed …
     model = model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    state = new_state(model, job.fit)
+    schedule = job.schedule.tables()
+    state = new_state(model, job.fit, schedule)
     found = [checkpoints.newest(job.run) if world.rank == 0 else None]
     if world.size > 1:
         dist.broadcast_object_list(found)
@@ -168,7 +171,7 @@ def train_worker(task: TrainTask) -> None:
         listener.send(Started(state.position, world.size))
     stream = batches(ray.train.get_dataset_shard("train"), task.deal(state.position), world.rank, world.size)
     try:
-        fit(job.fit, state, schedule_of(job.schedule), job.seed, stream, listener, world)
+        fit(job.fit, state, schedule, job.seed, stream, listener, world)
     except DivergedError as error:  # on all ranks at once: to start again would end the same
         if world.rank == 0:
             task.wire.put(Diverged(state.position, str(error)))

@@ -14,11 +14,12 @@ from jobs.presets import DIGITS
 from pipelines import checkpoints
 from pipelines.checkpoints import Checkpoint
 from pipelines.config import to_dict
-from pipelines.fit import World, new_state
+from pipelines.fit import new_state
 from pipelines.images import encode
 from pipelines.manifest import Manifest, Shard
 from pipelines.storage import Folder
 from pipelines.training import claim, find_data
+from pipelines.world import World
 
 Job = Callable[[list[str]], int]
 
@@ -105,9 +106,34 @@ def test_a_batch_that_the_workers_do_not_divide(run: Callable, root: str) -> Non
 
 
 def test_a_value_out_of_range(run: Callable) -> None:
-    code, err, _ = run(train.main, "digits", "--network.groups", "5")
+    code, err, _ = run(train.main, "digits", "--network.unet.groups", "5")
     assert code == 2
-    assert "network.groups is 5; it must divide network.channels, which is 32" in err
+    assert "network.unet.groups is 5; it must divide network.unet.channels, which is 32" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--schedule.T 100", "schedule.rate is 0.02; with schedule.T = 100 it leaves ᾱ_T = 0.6 of the picture"),
+        ("--schedule.kind given --schedule.T 3 --schedule.betas 0.1 0.2", "give schedule.T 2"),
+        ("--schedule.zero-terminal-snr", "with schedule.zero_terminal_snr take fit.objective.target v"),
+        ("--fit.ema.power-stds 0.05", "fit.ema.power_stds is (0.05,); other widths are made from two or more"),
+        (
+            "--fit.objective.loss reconstruction --fit.objective.weight article",
+            "has the article's weight in it already",
+        ),
+        ("--fit.timesteps.kind log-snr-normal --fit.timesteps.log-snr-mean 90", "next to nothing of that lies in"),
+        ("--network.kind dit --network.dit.patch 3", "network.dit.patch is 3; the side must be a multiple of 3"),
+        ("--network.kind dit --network.dit.heads 7", "network.dit.heads is 7"),
+        ("--draw.label 7", "add --network.labels"),
+        ("--network.labels --draw.label x", "it must be a label of the data: 0, 1, 2"),
+        ("--draw.eta 0.5", "only ddim takes an eta"),
+    ],
+)
+def test_choices_that_do_not_go_together(run: Callable, root: str, flags: str, message: str) -> None:
+    code, err, _ = run(train.main, "digits", "--root", root, "--dry-run", *flags.split())
+    assert code == 2
+    assert message in " ".join(err.replace("│", " ").split())
 
 
 def test_images_that_cannot_be_halved(run: Callable, root: str) -> None:
@@ -221,7 +247,7 @@ def folder_of_digits(tmp_path: Path) -> Folder:
         ("--fit.batch-images", "256", "fit.batch_images was 128, is 256"),
         ("--fit.ema.half-life-images", "1000", "fit.ema.half_life_images was 50000.0, is 1000.0"),
         ("--seed", "1", "seed was 0, is 1"),
-        ("--network.blocks", "2", "network.blocks was 1, is 2"),
+        ("--network.unet.blocks", "2", "network.unet.blocks was 1, is 2"),
         ("--schedule.T", "900", "schedule.T was 1000, is 900"),
         ("--data.window-chunks", "2", "data.window_chunks was 64, is 2"),
     ],

@@ -1,12 +1,18 @@
-"""The average against a weighted sum, written out."""
+"""The averages against weighted sums, written out."""
 
 import math
+from itertools import accumulate
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
-from models.ema import EMA, EMAConfig
+from models.ema import EMA, WIDEST, EMAConfig, gamma_of
+from models.noise import normal
+
+TRACKED = (0.05, 0.10)
 
 
 def model(value=0.0):
@@ -142,5 +148,122 @@ def test_the_weights_return_after_an_exception():
 @pytest.mark.parametrize(("field", "way_out"), [("half_life_images", "try 50000"), ("warm_up", "try 0.1")])
 @pytest.mark.parametrize("value", [0, -1, math.nan])
 def test_a_bad_configuration_names_its_field_its_value_and_a_way_out(field, value, way_out):
-    with pytest.raises(ValueError, match=rf"ema\.{field} is {value}; it must be positive: {way_out}"):
+    with pytest.raises(ValueError, match=rf"fit\.ema\.{field} is {value}; it must be positive: {way_out}"):
         EMAConfig(**{field: value})
+
+
+def drawn(stream, n, *shape):
+    return normal(0, stream, torch.arange(n), shape).double()  # [n, *shape]
+
+
+class Weights(nn.Module):
+    """A vector of weights that goes where it is told."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.w = nn.Parameter(value.clone())
+
+    def go(self, value):
+        self.w.data.copy_(value)
+
+
+def averages(path, batches, stds):
+    """The power averages, by width, after steps of so many images along a path [steps, n] of weights."""
+    net = Weights(drawn("first", 1, path.shape[1])[0])
+    ema = EMA(net, EMAConfig(power_stds=stds))
+    images = 0
+    for value, batch in zip(path, batches, strict=True):
+        net.go(value)
+        images += batch
+        ema.update(net, images, batch)
+    return {std: ema.power[str(std)]["w"] for std in stds}
+
+
+@settings(deadline=None)
+@given(std=st.floats(0.01, 0.28))
+def test_a_width_gives_the_gamma_that_gives_the_width(std):
+    gamma = gamma_of(std)
+    assert gamma > 0
+    assert math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2) == pytest.approx(std, rel=1e-13)
+
+
+@pytest.mark.parametrize(("std", "gamma"), [(0.05, 16.97), (0.10, 6.94), (1e-4, 9997.0), (WIDEST - 1e-9, 0.0)])
+def test_known_pairs_of_width_and_gamma(std, gamma):
+    assert gamma_of(std) == pytest.approx(gamma, abs=5e-3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(batches=st.lists(st.integers(1, 5000), min_size=1, max_size=20), std=st.floats(0.01, 0.28))
+def test_a_power_average_is_the_integral_of_the_weights_under_the_profile(batches, std):
+    path = drawn("path", len(batches), 3)
+    gamma = gamma_of(std)
+    ends = [0, *accumulate(batches)]
+    share = torch.tensor([(end / ends[-1]) ** (gamma + 1) for end in ends], dtype=torch.float64).diff()
+    average = averages(path, batches, (std, 0.285))[std]
+    torch.testing.assert_close(average, share @ path, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("std", [0.05, 0.10, 0.20])
+def test_the_profile_has_its_mean_and_its_width(std):
+    """The weights of step j are the j-th unit vector, so that the average is the profile itself."""
+    n = 1000
+    profile = averages(torch.eye(n).double(), [1] * n, (std, 0.285))[std]
+    gamma, time = gamma_of(std), torch.arange(n).double() + 0.5
+    mean = float(profile @ time)
+    assert float(profile.sum()) == pytest.approx(1, rel=1e-12)
+    assert mean / n == pytest.approx((gamma + 1) / (gamma + 2), rel=1e-5)
+    assert math.sqrt(profile @ (time - mean) ** 2) / n == pytest.approx(std, rel=1e-4)
+
+
+@pytest.mark.parametrize("parts", [[64], [32, 32], [16] * 4, [1] * 64, [63, 1]])
+def test_the_size_of_the_batch_never_matters_to_a_power_average(parts):
+    values = drawn("two", 2, 3)
+    path = torch.stack([values[0]] + [values[1]] * len(parts))
+    one = averages(values, [1000, 64], TRACKED)
+    for std, average in averages(path, [1000, *parts], TRACKED).items():
+        torch.testing.assert_close(average, one[std], rtol=1e-12, atol=0)
+
+
+def test_after_the_first_step_a_power_average_is_the_weights_themselves():
+    path = drawn("path", 1, 3)
+    for average in averages(path, [128], TRACKED).values():
+        assert torch.equal(average, path[0])
+
+
+def test_there_is_one_shadow_for_each_width_and_none_is_another():
+    net = nn.Linear(2, 3)
+    ema = EMA(net, EMAConfig(power_stds=TRACKED))
+    assert list(ema.power) == ["0.05", "0.1"]
+    tensors = [*ema.shadow.values(), *ema.power["0.05"].values(), *ema.power["0.1"].values(), *net.parameters()]
+    assert len({tensor.data_ptr() for tensor in tensors}) == 8
+    assert EMA(net, EMAConfig()).power == {}
+
+
+def test_the_exponential_average_is_the_same_with_and_without_power_averages():
+    net = Weights(drawn("first", 1, 3)[0])
+    alone, beside = EMA(net, EMAConfig()), EMA(net, EMAConfig(power_stds=TRACKED))
+    net.go(torch.ones(3).double())
+    for ema in (alone, beside):
+        ema.update(net, 1000, 100)
+    assert torch.equal(alone.shadow["w"], beside.shadow["w"])
+    assert not torch.equal(beside.shadow["w"], beside.power["0.05"]["w"])
+
+
+def test_another_average_is_applied_within_the_context_only():
+    net = Weights(torch.zeros(2).double())
+    ema = EMA(net, EMAConfig())
+    with ema.applied_to(net, {"w": torch.tensor([1.0, 2.0])}):
+        assert net.w.tolist() == [1, 2]
+    assert net.w.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("value", [0.0, -0.1, 0.2887, math.nan])
+def test_a_width_that_no_profile_has_is_refused(value):
+    with pytest.raises(ValueError, match=rf"fit\.ema\.power_stds is {value}; .* above 0 and below 1/√12 .*: try 0\.10"):
+        EMAConfig(power_stds=(0.05, value))
+
+
+@pytest.mark.parametrize("stds", [(0.05,), (0.05, 0.05), (0.05, 0.10, 0.05)])
+def test_one_width_alone_is_refused(stds):
+    with pytest.raises(ValueError, match=r"fit\.ema\.power_stds is \(0\.05.* that differ: try 0\.05 0\.10, or none"):
+        EMAConfig(power_stds=stds)

@@ -12,6 +12,7 @@ import torch
 from scipy import stats
 from torch import nn
 
+from models.dit import DiT, DiTConfig
 from models.init import initialize
 from models.unet import UNet, UNetConfig
 
@@ -153,7 +154,84 @@ def test_a_network_made_without_memory_gets_the_same_weights():
     assert_same(weights(net), weights(fresh(4)))
 
 
-@pytest.mark.parametrize("kind", [lambda: nn.Embedding(3, 4), lambda: nn.LayerNorm(4), lambda: nn.Conv1d(1, 1, 1)])
+def test_normalisations_of_layers_start_as_the_identity_with_a_shift_or_without():
+    for norm in (nn.LayerNorm(6), nn.LayerNorm(6, bias=False)):
+        for parameter in norm.parameters():
+            nn.init.constant_(parameter, 5.0)
+        initialize(norm, seed=0)
+        x = torch.arange(12.0).view(2, 6)
+        assert torch.equal(norm(x), nn.functional.layer_norm(x, (6,)))
+
+
+def asked_for(layer, first_weights):
+    layer.first_weights = first_weights
+    return layer
+
+
+@pytest.mark.parametrize("layer", [nn.Embedding(200, 60), asked_for(nn.Linear(60, 200), "normal")])
+def test_embeddings_and_those_who_ask_for_it_start_normal(layer):
+    initialize(layer, seed=2)
+    values = layer.weight.detach().double().flatten()
+    assert stats.kstest(values.numpy(), "norm", args=(0, 0.02)).pvalue > 1e-3
+    assert abs(float(values.std()) / 0.02 - 1) < 5 / math.sqrt(2 * len(values))
+    assert getattr(layer, "bias", None) is None or torch.equal(layer.bias, torch.zeros(200))
+
+
+@pytest.mark.parametrize(("layer", "fans"), [(nn.Linear(40, 300), 340), (nn.Conv2d(10, 30, 3), 360)])
+def test_those_who_ask_for_xavier_start_uniform_by_both_fans(layer, fans):
+    initialize(asked_for(layer, "xavier"), seed=2)
+    bound = math.sqrt(6 / fans)
+    values = layer.weight.detach().double().flatten()
+    assert bound * 0.99 < values.abs().max() <= bound
+    assert stats.kstest(values.numpy(), "uniform", args=(-bound, 2 * bound)).pvalue > 1e-3
+    assert torch.equal(layer.bias, torch.zeros_like(layer.bias))
+
+
+def test_other_seeds_and_other_names_draw_other_normals():
+    drawn = []
+    for seed in (0, 1):
+        model = nn.ModuleDict({"a": nn.Embedding(8, 8), "b": nn.Embedding(8, 8)})
+        initialize(model, seed)
+        drawn += [model["a"].weight, model["b"].weight]
+    for i, a in enumerate(drawn):
+        assert not any(torch.isin(a.detach(), b.detach()).any() for b in drawn[:i])
+
+
+def test_a_marker_of_zero_comes_before_any_other():
+    layer = asked_for(nn.Linear(3, 4), "xavier")
+    layer.starts_at_zero = True
+    initialize(layer, seed=0)
+    assert not any(parameter.any() for parameter in layer.parameters())
+
+
+def test_the_first_weights_of_a_layer_stay_what_they_were():
+    """Else the same configuration and seed would be another run than last year."""
+    model = nn.ModuleDict({"layer": nn.Linear(2, 1)})
+    initialize(model, seed=3)
+    weight, bias = model["layer"].weight.detach(), model["layer"].bias.detach()
+    assert [*weight[0].tolist(), *bias.tolist()] == [-0.05084395408630371, -0.5813745856285095, -0.40917542576789856]
+
+
+def test_the_transformer_starts_as_in_its_paper():
+    with torch.device("meta"):
+        net = DiT(DiTConfig(depth=1, width=64, heads=2), image_channels=3, side=8, classes=9)
+    net.to_empty(device="cpu")
+    initialize(net, seed=0)
+    block, spread = net.stack[0], {}
+    for name, p in net.named_parameters():
+        spread[name] = float(p.detach().double().std())
+        assert torch.isfinite(p).all()
+    for name in ("modulation", "out", "stack.0.modulation"):
+        assert spread[f"{name}.weight"] == 0
+    assert all(not p.any() for name, p in net.named_parameters() if name.endswith("bias"))
+    for name in ("time.0.weight", "time.2.weight", "label.weight"):
+        assert spread[name] == pytest.approx(0.02, rel=0.15)
+    for name, layer in {"patches": net.patches, "stack.0.attention.qkv": block.attention.qkv}.items():
+        fans = sum(layer.weight.shape)
+        assert spread[f"{name}.weight"] == pytest.approx(math.sqrt(2 / fans), rel=0.1)
+
+
+@pytest.mark.parametrize("kind", [lambda: nn.Bilinear(2, 2, 2), lambda: nn.RNN(2, 2), lambda: nn.Conv1d(1, 1, 1)])
 def test_a_module_without_a_rule_is_refused_by_name(kind):
     model = nn.ModuleDict({"known": nn.Linear(2, 2), "stranger": kind()})
     with pytest.raises(TypeError, match=f"stranger, a {type(model['stranger']).__name__}"):

@@ -1,16 +1,20 @@
-"""The reduced loss where its value is known."""
+"""The article's three losses: where their values are known, and what each is of the others."""
 
 import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from models.noise import normal
-from models.objective import reduced_loss
+from models.objective import in_the_articles_scale, reconstruction_loss, reduced_loss, two_noise_loss
 from models.process import demolish, eps_from_x_0
-from models.schedule import article
+from models.schedule import article, at
+from tests.models.independent import SCHEDULES
 
 SCHEDULE = article()
+quick = settings(deadline=None, derandomize=True, max_examples=60)
 
 
 @pytest.fixture
@@ -78,3 +82,120 @@ def test_the_gradient_is_that_of_finite_differences():
         return reduced_loss(lambda x_t, t: torch.tanh(weight[0] * x_t + weight[1]), x_0, t, eps, SCHEDULE)
 
     assert torch.autograd.gradcheck(loss, (weight,))
+
+
+def bent(x_t, t):
+    """A predictor that is neither linear nor near to any truth."""
+    time = t.view(-1, 1, 1, 1) / 1000
+    return torch.tanh(1.5 * x_t + time) - 0.3 * torch.sin(4 * x_t)
+
+
+def rotated(eps, omega, t, schedule):
+    """(ε̄, ε_t) of the article's rotation (ε, ω): β̄_t ε = α_t β̄_{t-1} ε̄ + β_t ε_t, β̄_t ω = β_t ε̄ - α_t β̄_{t-1} ε_t."""
+    beta, beta_bar = at(schedule.beta, t, eps), at(schedule.beta_bar, t, eps)
+    carried = at(schedule.alpha, t, eps) * at(schedule.beta_bar, t - 1, eps)
+    return (carried * eps + beta * omega) / beta_bar, (beta * eps - carried * omega) / beta_bar
+
+
+def drawn(seed, n=3):
+    """Pictures and two noises in float64: [n, 2, 3, 3] each."""
+    position = seed + torch.arange(n)
+    return [normal(0, stream, position, (2, 3, 3)).double() for stream in ("x", "eps", "omega")]
+
+
+def shares(t, schedule):
+    """β_t²/β̄_t² and α_t² β̄_{t-1}²/β̄_t², float64 [B]: they add up to 1."""
+    return (schedule.beta / schedule.beta_bar)[t] ** 2, (
+        schedule.alpha[t] * schedule.beta_bar[t - 1] / schedule.beta_bar[t]
+    ) ** 2
+
+
+@quick
+@given(
+    name=st.sampled_from(list(SCHEDULES)),
+    t=st.lists(st.integers(1, 100), min_size=3, max_size=3),
+    seed=st.integers(0, 99),
+)
+def test_the_article_s_rotation_is_one(name, t, seed):
+    # So (ε, ω) are independent standard normals, as (ε̄, ε_t) are; and x_t depends on ε only.
+    schedule, t = SCHEDULES[name].tables(), torch.tensor(t)
+    x_0, eps, omega = drawn(seed)
+    eps_bar, eps_t = rotated(eps, omega, t, schedule)
+    torch.testing.assert_close(eps_bar**2 + eps_t**2, eps**2 + omega**2, rtol=1e-10, atol=1e-10)
+    first, second = shares(t, schedule)
+    torch.testing.assert_close(first + second, torch.ones(3).double(), rtol=1e-10, atol=0)
+    seen = []
+    two_noise_loss(lambda x_t, t: seen.append(x_t) or x_t, x_0, t, eps_bar, eps_t, schedule)
+    torch.testing.assert_close(seen[0], demolish(x_0, t, eps, schedule), rtol=1e-10, atol=1e-10)
+
+
+@quick
+@given(
+    name=st.sampled_from(list(SCHEDULES)),
+    t=st.lists(st.integers(1, 100), min_size=3, max_size=3),
+    seed=st.integers(0, 99),
+)
+def test_the_second_noise_integrated_out_leaves_the_reduced_loss(name, t, seed):
+    # Over ω and -ω the cross term vanishes: ½ Σ two-noise = (β_t²/β̄_t²) reduced + (α_t² β̄_{t-1}²/β̄_t²) mean(ω²).
+    schedule, t = SCHEDULES[name].tables(), torch.tensor(t)
+    x_0, eps, omega = drawn(seed)
+    mean = sum(two_noise_loss(bent, x_0, t, *rotated(eps, o, t, schedule), schedule) for o in (omega, -omega)) / 2
+    first, second = shares(t, schedule)
+    expected = first * reduced_loss(bent, x_0, t, eps, schedule) + second * omega.square().flatten(1).mean(1)
+    torch.testing.assert_close(mean, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_it_leaves_the_gradient_of_the_reduced_loss_too():
+    t, (x_0, eps, omega) = torch.tensor([1, 40, 900]), drawn(5)
+    weight = torch.tensor(0.6, dtype=torch.float64, requires_grad=True)
+
+    def gradient(losses):
+        return torch.autograd.grad(losses.sum(), weight)[0]
+
+    def eps_theta(x_t, t):
+        return bent(weight * x_t, t)
+
+    both = [two_noise_loss(eps_theta, x_0, t, *rotated(eps, o, t, SCHEDULE), SCHEDULE) for o in (omega, -omega)]
+    scaled = shares(t, SCHEDULE)[0] * reduced_loss(eps_theta, x_0, t, eps, SCHEDULE)
+    torch.testing.assert_close(gradient(sum(both) / 2), gradient(scaled), rtol=1e-10, atol=0)
+
+
+@quick
+@given(
+    name=st.sampled_from(list(SCHEDULES)),
+    t=st.lists(st.integers(1, 100), min_size=3, max_size=3),
+    seed=st.integers(0, 99),
+)
+def test_reconstruction_is_the_two_noise_loss_with_the_articles_weight(name, t, seed):
+    schedule, t = SCHEDULES[name].tables(), torch.tensor(t)
+    x_0, eps_bar, eps_t = drawn(seed)
+    weight = (schedule.beta / schedule.alpha)[t] ** 2
+    rebuilt = reconstruction_loss(bent, x_0, t, eps_bar, eps_t, schedule)
+    torch.testing.assert_close(
+        rebuilt, weight * two_noise_loss(bent, x_0, t, eps_bar, eps_t, schedule), rtol=1e-8, atol=1e-14
+    )
+
+
+def test_at_t_1_the_three_losses_are_one():
+    # β̄_0 = 0: the first noise is not there, ε = ε_t, and both scales of ε̂ are the same.
+    x_0, eps_bar, eps_t = drawn(7)
+    t = torch.ones(3, dtype=torch.int64)
+    reduced = reduced_loss(bent, x_0, t, eps_t, SCHEDULE)
+    torch.testing.assert_close(two_noise_loss(bent, x_0, t, eps_bar, eps_t, SCHEDULE), reduced)
+
+
+def test_the_articles_scale_of_the_network_is_smaller_by_beta_over_beta_bar():
+    eps = drawn(0)[1]
+    t = torch.tensor([1, 2, 1000])
+    beta_bar = [1 - math.prod(1 - 0.02 * i / 1000 for i in range(1, time + 1)) for time in t.tolist()]
+    expected = [math.sqrt(0.02 * time / 1000 / b2) for time, b2 in zip(t.tolist(), beta_bar, strict=True)]
+    ratio = (in_the_articles_scale(eps, t, SCHEDULE) / eps).flatten(1)
+    torch.testing.assert_close(ratio, torch.tensor(expected).double()[:, None].expand_as(ratio), rtol=1e-6, atol=0)
+
+
+def test_a_network_that_undoes_the_step_rebuilds_it_exactly():
+    # ε_θ = ε_t makes μ(x_t) = x_{t-1}; in the paper's scale that is ε̂ = (β̄_t/β_t) ε_t.
+    t, (x_0, eps_bar, eps_t) = torch.tensor([2, 100, 1000]), drawn(9)
+    scale = at(SCHEDULE.beta_bar, t, eps_t) / at(SCHEDULE.beta, t, eps_t)
+    for form in (two_noise_loss, reconstruction_loss):
+        assert form(lambda x_t, t: scale * eps_t, x_0, t, eps_bar, eps_t, SCHEDULE).max() < 1e-20

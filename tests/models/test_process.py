@@ -1,12 +1,24 @@
 """Demolition step by step is demolition at once, and its conversions undo each other."""
 
+import math
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.noise import normal
-from models.process import demolish, demolish_step, eps_from_x_0, x_0_from_eps
+from models.process import (
+    demolish,
+    demolish_step,
+    eps_from_v,
+    eps_from_x_0,
+    v_from_eps,
+    x_0_from_eps,
+    x_0_from_v,
+)
 from models.schedule import article
+from tests.models.independent import SCHEDULES
 
 quick = settings(deadline=None, derandomize=True, max_examples=60)
 SCHEDULE = article()
@@ -66,6 +78,32 @@ def test_the_conversions_invert_each_other(t, x_t, eps):
     index = torch.tensor([t])
     x_0 = x_0_from_eps(image(x_t), index, image(eps), SCHEDULE)
     torch.testing.assert_close(eps_from_x_0(image(x_t), index, x_0, SCHEDULE), image(eps), rtol=0, atol=1e-10)
+
+
+@quick
+@given(name=st.sampled_from(list(SCHEDULES)), t=st.integers(1, 100), x_t=st.floats(-6, 6), eps=st.floats(-6, 6))
+def test_noise_picture_and_velocity_turn_into_each_other(name, t, x_t, eps):
+    schedule, index = SCHEDULES[name].tables(), torch.tensor([t])
+    x_t, eps = image(x_t), image(eps)
+    v, x_0 = v_from_eps(x_t, index, eps, schedule), x_0_from_eps(x_t, index, eps, schedule)
+    for again in (eps_from_v(x_t, index, v, schedule), eps_from_x_0(x_t, index, x_0, schedule)):
+        torch.testing.assert_close(again, eps, rtol=0, atol=1e-9)
+    torch.testing.assert_close(x_0_from_v(x_t, index, v, schedule), x_0, rtol=0, atol=1e-9)
+    # The three are what they are called: x_t = ᾱ x_0 + β̄ ε, and v turns with it a quarter ahead.
+    torch.testing.assert_close(demolish(x_0, index, eps, schedule), x_t, rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        schedule.alpha_bar[t] * eps - schedule.beta_bar[t] * x_0, v, rtol=1e-9, atol=1e-9
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("t", [1, 2, 500, 1000])
+def test_the_velocity_is_the_derivative_along_the_circle(t):
+    # With ᾱ = cos φ and β̄ = sin φ, x_φ = cos φ x_0 + sin φ ε and v = dx/dφ, asked of a small turn either way.
+    turn, x_0, eps = 1e-4, 0.3, -1.7
+    phi = math.atan2(float(SCHEDULE.beta_bar[t]), float(SCHEDULE.alpha_bar[t]))
+    here, ahead, behind = (math.cos(p) * x_0 + math.sin(p) * eps for p in (phi, phi + turn, phi - turn))
+    v = v_from_eps(image(here), torch.tensor([t]), image(eps), SCHEDULE)
+    assert float(v) == pytest.approx((ahead - behind) / (2 * turn), rel=1e-7)
 
 
 def test_t_0_is_the_picture_itself():

@@ -1,4 +1,4 @@
-"""The tables against products taken one by one, and the article's own numbers."""
+"""The tables against products taken one by one, and the articles' own numbers."""
 
 import math
 
@@ -8,7 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.schedule import ScheduleConfig, article, at
+from models import schedule as kinds
+from models.schedule import article, at, constant, cosine, linear
+from tests.models.independent import SCHEDULES, alpha_bars, betas, schedules
 
 TABLES = ("alpha", "beta", "alpha_bar", "beta_bar")
 quick = settings(deadline=None, derandomize=True, max_examples=60)
@@ -28,12 +30,63 @@ def test_the_schedule_is_the_articles(T, rate):
 
 
 @quick
-@given(T=lengths)
-def test_each_table_is_made_of_the_others(T):
-    schedule = article(T)
-    close(schedule.alpha**2 + schedule.beta**2, np.ones(T + 1))
-    close(schedule.alpha_bar**2 + schedule.beta_bar**2, np.ones(T + 1))
+@given(kind=st.sampled_from(["article", "linear", "constant", "cosine"]), T=lengths, rate=st.floats(1e-4, 0.5))
+def test_each_kind_has_the_betas_of_its_formula(kind, T, rate):
+    schedule = cosine(T) if kind == "cosine" else getattr(kinds, kind)(T, rate)
+    expected = betas(kind, T, rate)
+    # The cosine's 1 - f_t/f_{t-1} cancels near t = 0: both sides have lost digits there.
+    np.testing.assert_allclose(schedule.beta[1:] ** 2, expected, rtol=1e-10, atol=1e-14)
+    close(schedule.alpha_bar[1:], np.sqrt(np.cumprod([1 - beta for beta in expected])), rtol=1e-9)
+
+
+@quick
+@given(given_betas=st.lists(st.floats(1e-4, 0.9), min_size=1, max_size=40))
+def test_given_betas_are_taken_as_they_are(given_betas):
+    schedule = kinds.given(given_betas)
+    close(schedule.beta[1:] ** 2, given_betas, rtol=1e-9)
+    close(schedule.alpha[1:] ** 2, [1 - beta for beta in given_betas])
+
+
+@pytest.mark.parametrize("config", SCHEDULES.values(), ids=SCHEDULES.keys())
+def test_a_configuration_makes_the_tables_that_it_names(config):
+    schedule = config.tables()
+    close(schedule.alpha_bar, alpha_bars(config), rtol=1e-9)
+    assert schedule.steps == config.T
+
+
+def test_the_line_is_the_ddpm_papers():
+    # "T = 1000 ... forward process variances increasing linearly from 10⁻⁴ to 0.02"
+    beta2 = linear(1000, 0.02).beta ** 2
+    assert (round(float(beta2[1]), 12), round(float(beta2[1000]), 12)) == (1e-4, 0.02)
+    close(beta2[1:].diff(), np.full(999, 0.0199 / 999), rtol=1e-9)
+
+
+def test_the_cosine_is_half_way_where_its_paper_draws_it():
+    # ᾱ² = ½ where (t/T + s)/(1 + s) = ½ of the way, up to f(0); the last steps are held at β² = 0.999.
+    schedule = cosine(1000)
+    assert float(schedule.alpha_bar[496] ** 2) == pytest.approx(0.5, abs=2e-3)
+    assert float(schedule.beta[1000] ** 2) == pytest.approx(0.999, rel=1e-12)
+    assert (schedule.beta**2).max() <= 0.999 + 1e-12
+
+
+@quick
+@given(T=lengths, rate=st.floats(1e-4, 0.5))
+def test_the_constant_kind_spends_as_much_as_the_article(T, rate):
+    same = constant(T, rate).beta[1:] ** 2
+    close(same, np.full(T, float(same[0])), rtol=1e-9)
+    close(same.sum(), (article(T, rate).beta ** 2).sum(), rtol=1e-9)
+
+
+@quick
+@given(schedule=schedules())
+def test_each_table_is_made_of_the_others(schedule):
+    close(schedule.alpha**2 + schedule.beta**2, np.ones(schedule.steps + 1))
+    close(schedule.alpha_bar**2 + schedule.beta_bar**2, np.ones(schedule.steps + 1))
     close(schedule.alpha_bar, np.cumprod(schedule.alpha.numpy()), rtol=1e-10)
+    close(schedule.alpha_bar, schedule.log_alpha_bar.exp())
+    # The step carries on from where the steps before it ended: β̄_t² = α_t² β̄_{t-1}² + β_t².
+    before = schedule.beta_bar[:-1] ** 2
+    close(schedule.beta_bar[1:] ** 2, schedule.alpha[1:] ** 2 * before + schedule.beta[1:] ** 2, rtol=1e-9)
 
 
 def test_alpha_bar_of_a_thousand_steps_is_the_known_one():
@@ -47,83 +100,56 @@ def test_alpha_bar_keeps_the_articles_bound(T):
     assert math.log(article(T).alpha_bar[-1]) < -0.005 * (T + 1)
 
 
-def test_index_0_is_the_clean_image():
-    for schedule in (article(), article().respaced(7)):
+@quick
+@given(schedule=schedules())
+def test_alpha_bar_of_any_kind_keeps_the_same_bound(schedule):
+    # log(1 - β²) < -β², whatever the β².
+    assert float(schedule.log_alpha_bar[-1]) < -0.5 * float((schedule.beta**2).sum())
+
+
+@pytest.mark.parametrize("config", SCHEDULES.values(), ids=SCHEDULES.keys())
+def test_index_0_is_the_clean_image(config):
+    for schedule in (config.tables(), config.tables().respaced(7)):
         assert [float(getattr(schedule, table)[0]) for table in TABLES] == [1, 0, 1, 0]
         assert schedule.time[0] == 0
+        assert schedule.log_snr[0] == math.inf
 
 
-def test_tables_are_float64_with_one_entry_more_than_there_are_steps():
-    schedule = article(12)
-    assert schedule.steps == 12
-    for table in TABLES:
+@pytest.mark.parametrize("config", SCHEDULES.values(), ids=SCHEDULES.keys())
+def test_tables_are_float64_with_one_entry_more_than_there_are_steps(config):
+    schedule = config.tables()
+    assert schedule.steps == config.T
+    for table in (*TABLES, "log_alpha_bar", "log_snr"):
         assert getattr(schedule, table).dtype == torch.float64
-        assert getattr(schedule, table).shape == (13,)
-    assert schedule.time.tolist() == list(range(13))
+        assert getattr(schedule, table).shape == (config.T + 1,)
+    assert schedule.time.dtype == torch.int64
+    assert schedule.time.tolist() == list(range(config.T + 1))
 
 
 @quick
-@given(T=lengths)
-def test_each_step_leaves_less_of_the_picture(T):
-    schedule = article(T)
+@given(schedule=schedules(most=3000))
+def test_each_step_leaves_less_of_the_picture(schedule):
     signal_to_noise = (schedule.alpha_bar / schedule.beta_bar)[1:]
     assert (signal_to_noise.diff() < 0).all()
     assert torch.isfinite(signal_to_noise).all()
+    assert (schedule.log_snr.diff() < 0).all()
+    close(schedule.log_snr[1:], 2 * signal_to_noise.log(), rtol=1e-9)
 
 
-@quick
-@given(data=st.data(), T=st.integers(1, 1500))
-def test_fewer_strides_walk_the_same_road(data, T):
-    whole = article(T)
-    steps = data.draw(st.integers(1, T), label="steps")
-    few = whole.respaced(steps)
-    assert few.steps == steps
-    assert (int(few.time[0]), int(few.time[-1])) == (0, T)
-    assert (few.time.diff() > 0).all()
-    assert all(abs(time - i * T / steps) <= 0.5 for i, time in enumerate(few.time.tolist()))
-    close(few.alpha_bar, whole.alpha_bar[few.time])
-    close(few.beta_bar, whole.beta_bar[few.time], rtol=1e-9)
-    close(few.alpha**2 + few.beta**2, np.ones(steps + 1))
-    close(few.alpha, (few.alpha_bar / few.alpha_bar.roll(1)).index_fill(0, torch.tensor([0]), 1.0))
+def test_the_log_of_the_snr_keeps_its_digits_at_both_ends():
+    # Near 0, where 1 - ᾱ² would cancel: SNR_1 = (1 - β_1²)/β_1². Near T, where it is ᾱ_T² to a few digits.
+    fine = article(10_000, 0.002)
+    assert float(fine.log_snr[1]) == pytest.approx(math.log(1 / 2e-7 - 1), rel=1e-14, abs=0)
+    a2 = alpha_bars(SCHEDULES["linear"])[-1] ** 2
+    assert float(SCHEDULES["linear"].tables().log_snr[-1]) == pytest.approx(math.log(a2 / (1 - a2)), rel=1e-13, abs=0)
 
 
-@quick
-@given(T=lengths)
-def test_as_many_strides_as_steps_change_nothing(T):
-    whole, again = article(T), article(T).respaced(T)
-    assert torch.equal(again.time, whole.time)
-    for table in TABLES:
-        close(getattr(again, table), getattr(whole, table), rtol=1e-9)
-
-
-def test_respacing_twice_is_respacing_once():
-    once, twice = article(1000).respaced(20), article(1000).respaced(100).respaced(20)
-    assert torch.equal(twice.time, once.time)
-    for table in TABLES:
-        close(getattr(twice, table), getattr(once, table), rtol=1e-9)
-
-
-@pytest.mark.parametrize("steps", [-1, 0, 11])
-def test_a_bad_number_of_strides_is_named(steps):
-    with pytest.raises(ValueError, match=rf"steps is {steps}; .* 1\.\.10"):
-        article(10).respaced(steps)
-
-
-@pytest.mark.parametrize("T", [0, -5, 1 << 31])
-def test_a_bad_T_is_named(T):
-    with pytest.raises(ValueError, match=rf"schedule\.T is {T}; .* try 1000"):
-        ScheduleConfig(T=T)
-
-
-@pytest.mark.parametrize("rate", [0.0, -0.1, 1.0, math.nan])
-def test_a_bad_rate_is_named(rate):
-    with pytest.raises(ValueError, match=rf"schedule\.rate is {rate}; .* try 0\.02"):
-        ScheduleConfig(rate=rate)
-
-
-def test_the_default_configuration_is_the_articles():
-    config = ScheduleConfig()
-    assert (config.T, config.rate) == (1000, 0.02)
+def test_the_tables_move_together():
+    schedule = article(10).to(torch.device("meta"))
+    assert {table.device.type for table in vars(schedule).values()} == {"meta"}
+    assert {name: table.shape for name, table in vars(schedule).items()} == {
+        name: table.shape for name, table in vars(article(10)).items()
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

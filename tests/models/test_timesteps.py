@@ -1,5 +1,6 @@
 """t covers 1..T evenly in every global batch, and each slot's t is uniform and known to any worker."""
 
+import itertools
 import math
 
 import pytest
@@ -8,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from models.timesteps import stratified
+from models.schedule import article
+from models.timesteps import TimestepConfig, Timesteps, edges, stratified, stratified_by, uniform
 
 
 def global_batch(s, batch_images):
@@ -98,3 +100,99 @@ def test_batches_differ_and_so_do_seeds_however_late_in_the_run(first):
     for other in others:
         # Another deal of the strata, not only another draw within each.
         assert not torch.equal(here.argsort(), other.argsort())
+
+
+KINDS = ("uniform", "stratified", "loss-aware", "log-snr-normal")
+
+
+def ready(kind, T=100, batch_images=24):
+    """Draws of a kind on the article's T; one that learns has learned that the loss falls like 1/t."""
+    timesteps = Timesteps(TimestepConfig(kind=kind), article(T), batch_images, torch.device("cpu"))
+    t = torch.arange(1, T + 1).repeat(10)
+    timesteps.observe(t, 1 / t)
+    timesteps.learn(lambda of_one_worker: of_one_worker)
+    return timesteps
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 8])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_a_function_of_the_position(kind, workers):
+    timesteps, position = ready(kind), torch.arange(7, 7 + 24 * 5)  # not aligned with the batches
+    t, weight = timesteps.draw(3, position)
+    assert (t.dtype, weight.dtype) == (torch.int64, torch.float64)
+    assert int(t.min()) >= 1
+    assert int(t.max()) <= 100
+    order = torch.randperm(len(position), generator=torch.Generator().manual_seed(workers))
+    for w in range(workers):
+        mine = order[w::workers]
+        t_mine, weight_mine = ready(kind).draw(3, position[mine])
+        assert torch.equal(t_mine, t[mine])
+        assert torch.equal(weight_mine, weight[mine])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_seed_and_another_stretch_of_the_run_draw_otherwise(kind):
+    timesteps, position = ready(kind), torch.arange(240)
+    drawn = [timesteps.draw(seed, position + first)[0] for seed, first in ((3, 0), (4, 0), (3, 240), (3, 240 << 32))]
+    for i, j in itertools.combinations(range(4), 2):
+        assert (drawn[i] == drawn[j]).double().mean() < 0.5
+    assert torch.equal(timesteps.draw(3, position)[0], drawn[0])  # drawing changes nothing
+
+
+@pytest.mark.parametrize("kind", ["uniform", "stratified", "log-snr-normal"])
+def test_only_draws_that_must_be_made_up_for_have_a_weight_and_a_state(kind):
+    timesteps = ready(kind)
+    assert (timesteps.draw(3, torch.arange(240))[1] == 1).all()
+    assert timesteps.state == {}
+
+
+def test_the_default_is_stratified():
+    assert TimestepConfig().kind == "stratified"
+    assert torch.equal(ready("stratified").draw(3, torch.arange(99))[0], stratified(3, torch.arange(99), 24, 100))
+
+
+def test_independent_draws_are_uniform_and_independent():
+    T, n = 50, 40_000
+    t = uniform(1, torch.arange(n), T)
+    assert stats.chisquare(t.bincount(minlength=T + 1)[1:].numpy()).pvalue > 1e-3
+    pairs = (t[:-1:2] - 1) // 5 * 10 + (t[1::2] - 1) // 5
+    assert stats.chisquare(pairs.bincount(minlength=100).numpy()).pvalue > 1e-3
+    # Batches are left to chance, unlike the stratified ones: counts of a batch spread as a multinomial's.
+    counts = torch.stack([batch.bincount(minlength=T + 1)[1:] for batch in t.view(-1, 500)]).double()
+    assert float(counts.var(0).mean()) == pytest.approx(500 / T * (1 - 1 / T), rel=0.2)
+
+
+@pytest.mark.parametrize("T", [1, 2, 7, 100_000])
+def test_independent_draws_reach_both_ends_and_no_further(T):
+    t = uniform(0, torch.arange(1000 if T < 10 else 500_000), T)
+    assert (int(t.min()), int(t.max())) == (1, T)
+
+
+@pytest.mark.parametrize("T", [1, 2, 64, 1024])
+def test_a_distribution_that_is_even_gives_the_t_of_the_even_draws(T):
+    # Where 2³² is a multiple of T the ends are exact, and so are the draws.
+    position = torch.arange(11, 500)
+    even = edges(torch.full((T,), 1 / T, dtype=torch.float64))
+    assert torch.equal(stratified_by(even, 5, position, 48), stratified(5, position, 48, T))
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(
+    seed=st.integers(),
+    batch_images=st.integers(1, 300),
+    masses=st.lists(st.floats(1e-3, 10), min_size=1, max_size=60),
+)
+def test_each_global_batch_covers_any_distribution_evenly(seed, batch_images, masses):
+    # At most one draw more or less than its share ends below each t, and none is beyond the last.
+    ends = edges(torch.tensor(masses).double())
+    t = stratified_by(ends, seed, global_batch(5, batch_images), batch_images)
+    below = t.bincount(minlength=len(masses) + 1)[1:].cumsum(0)
+    assert ((below - ends.double() * 2.0**-32 * batch_images).abs() < 1).all()
+    assert int(below[-1]) == batch_images
+
+
+def test_the_largest_batches_and_the_longest_runs_do_not_overflow():
+    batch_images = (1 << 20) - 1
+    ends = edges(torch.tensor([0.25, 0.5, 0.25]).double())
+    t = stratified_by(ends, 0, global_batch(1 << 40, batch_images), batch_images)
+    assert (t.bincount()[1:] - torch.tensor([0.25, 0.5, 0.25]) * batch_images).abs().max() <= 1

@@ -1,10 +1,16 @@
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from models.ema import EMAConfig
 from models.init import initialize
+from models.objective import ObjectiveConfig
+from models.schedule import Schedule, article
+from models.timesteps import TimestepConfig
 from models.unet import UNet, UNetConfig
 from pipelines.checkpoints import Checkpoint
 from pipelines.fit import FitConfig, State, new_state
@@ -27,10 +33,34 @@ ABOUT = Checkpoint(
 )  # fmt: skip
 
 
-def tiny_state(config: FitConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> State:
-    model = UNet(TINY, image_channels=1, side=8)
+class Variant(NamedTuple):
+    """What a run of 12 steps learns, and how."""
+
+    fit: FitConfig = FIT
+    schedule: Schedule = article()
+    classes: int = 0
+
+
+STEERED = replace(
+    FIT,
+    timesteps=TimestepConfig(kind="loss-aware"),
+    objective=ObjectiveConfig(target="v", weight="min-snr"),
+    label_dropout=0.25,
+    ema=EMAConfig(power_stds=(0.05, 0.1)),
+)
+VARIANTS = {
+    "plain": Variant(),
+    # Few t, so that the losses of each are soon known and steer the draws for the second half of the run.
+    "loss-aware": Variant(STEERED, article(20, 0.6), classes=10),
+}
+
+
+def tiny_state(
+    config: FitConfig, seed: int = 0, dtype: torch.dtype = torch.float32, variant: Variant = VARIANTS["plain"]
+) -> State:
+    model = UNet(TINY, image_channels=1, side=8, classes=variant.classes)
     initialize(model, seed)
-    return new_state(model.to(dtype).to(memory_format=torch.channels_last), config)
+    return new_state(model.to(dtype).to(memory_format=torch.channels_last), config, variant.schedule)
 
 
 def micro_batches(
@@ -40,7 +70,7 @@ def micro_batches(
     plan = Plan(0, len(pixels), 128, 4)
     for first in range(start + rank * config.micro_images, config.images, world * config.micro_images):
         row = plan.rows(first, first + config.micro_images)
-        yield Batch(np.arange(first, first + config.micro_images), row, np.full(len(row), -1), pixels[row])
+        yield Batch(np.arange(first, first + config.micro_images), row, row % 10, pixels[row])
 
 
 class Ear:

@@ -11,8 +11,9 @@ import torch
 from models.schedule import article
 from pipelines import checkpoints
 from pipelines.errors import DataError, TryAgainError
-from pipelines.fit import FitConfig, State, World, fit
+from pipelines.fit import FitConfig, State, fit
 from pipelines.storage import Folder
+from pipelines.world import World
 from tests.pipelines.helpers import ABOUT, FIT, Ear, micro_batches, tiny_state
 
 ALONE = World()

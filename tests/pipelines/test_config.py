@@ -18,15 +18,17 @@ def test_a_configuration_survives_the_file(preset: str, tmp_path: Path) -> None:
 
 
 def test_preset_then_file_then_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "c.yaml").write_text("seed: 7\nfit: {learning_rate: 0.001, flip: true}\nnetwork: {attention: [4, 8]}")
+    (tmp_path / "c.yaml").write_text(
+        "seed: 7\nfit: {learning_rate: 0.001, flip: true}\nnetwork: {unet: {attention: [4, 8]}}"
+    )
     monkeypatch.chdir(tmp_path)
     job = PRESETS["digits"][1]
-    found = parse(TrainJob, PRESETS, ["digits", "--seed", "8", "--config=c.yaml", "--network.heads", "2"]).job
+    found = parse(TrainJob, PRESETS, ["digits", "--seed", "8", "--config=c.yaml", "--network.unet.groups", "4"]).job
     assert found == replace(
         job,
         seed=8,
         fit=replace(job.fit, learning_rate=0.001, flip=True),
-        network=replace(job.network, attention=(4, 8), heads=2),
+        network=replace(job.network, unet=replace(job.network.unet, attention=(4, 8), groups=4)),
     )
 
 
@@ -95,5 +97,5 @@ def test_bad_seeds_are_refused(seeds: str) -> None:
 def test_a_flat_view_has_every_setting() -> None:
     flat = flatten(to_dict(PRESETS["digits"][1]))
     assert flat["fit.ema.half_life_images"] == 50_000
-    assert flat["network.multipliers"] == [1, 2]
+    assert flat["network.unet.multipliers"] == [1, 2]
     assert from_dict(TrainJob, to_dict(PRESETS["digits"][1]), "x") == PRESETS["digits"][1]

@@ -10,8 +10,9 @@ import torch
 from models.schedule import article
 from pipelines import checkpoints
 from pipelines.errors import ConfigurationError
-from pipelines.fit import DivergedError, FitConfig, World, fit, mirrored, pixels_to_x_0, x_0_to_pixels
+from pipelines.fit import DivergedError, FitConfig, fit, mirrored, pixels_to_x_0, x_0_to_pixels
 from pipelines.storage import Folder
+from pipelines.world import World
 from tests.pipelines.helpers import Ear, micro_batches, tiny_state
 
 Digits = tuple[np.ndarray, np.ndarray]
@@ -69,9 +70,10 @@ def test_the_size_of_a_micro_batch_changes_only_the_rounding(digits: Digits, tin
     assert torch.allclose(weights[0], weights[2], rtol=0, atol=1e-9)
 
 
-def start_workers(folder: Path, world: int, stop: int) -> None:
+def start_workers(folder: Path, world: int, stop: int, variant: str = "plain") -> None:
     """Run ddp_worker.py to its end in real processes."""
-    command = [sys.executable, "-W", "error", "-m", "tests.pipelines.ddp_worker", str(folder), str(world), str(stop)]
+    module = "tests.pipelines.ddp_worker"
+    command = [sys.executable, "-W", "error", "-m", module, str(folder), variant, str(world), str(stop)]
     workers = [subprocess.Popen([*command, str(rank)]) for rank in range(world)]
     assert [worker.wait(timeout=300) for worker in workers] == [0] * world
 

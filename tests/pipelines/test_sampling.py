@@ -12,18 +12,22 @@ import torch
 from jobs.cli import BAD_DATA, _judge
 from jobs.presets import DIGITS
 from models.init import initialize
+from models.network import NetworkConfig
+from models.schedule import article
 from models.unet import UNet
 from pipelines import checkpoints
 from pipelines.checkpoints import Checkpoint
 from pipelines.config import DrawConfig, SampleJob, ScoreJob, to_dict
 from pipelines.digits import write_digits
 from pipelines.errors import ConfigurationError, DataError
-from pipelines.fit import World, new_state
+from pipelines.fit import new_state
 from pipelines.images import decode
 from pipelines.ingest import IngestConfig, IngestPlan, ingest
-from pipelines.sampling import draw_samples, dry_run, plan_samples, verify
+from pipelines.sample_plan import plan_samples
+from pipelines.sampling import draw_samples, dry_run, verify
 from pipelines.scoring import Moments, frechet_distance, pixel_features, score_job
 from pipelines.storage import Folder
+from pipelines.world import World
 from tests.pipelines.helpers import FIT, TINY
 
 pytestmark = pytest.mark.ray
@@ -39,12 +43,12 @@ def run(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Folder:
     model = UNet(TINY, 1, 8)
     initialize(model, 0)
     torch.nn.init.normal_(model.conv_out.weight, generator=torch.Generator().manual_seed(0))
+    config = to_dict(replace(DIGITS, network=NetworkConfig(unet=TINY)))
     about = Checkpoint(
-        position=0, files={}, config=to_dict(replace(DIGITS, network=TINY)), data_digest=manifest.digest,
-        data_url=(root / "data").url, shape=(1, 8, 8), labels=manifest.labels, tracking_uri="none", tracking_run="r",
-        git_revision="g",
+        position=0, files={}, config=config, data_digest=manifest.digest, data_url=(root / "data").url,
+        shape=(1, 8, 8), labels=manifest.labels, tracking_uri="none", tracking_run="r", git_revision="g",
     )  # fmt: skip
-    state = new_state(model, FIT)
+    state = new_state(model, FIT, article())
     for state.position in (128, 256):
         checkpoints.commit(root / "run", state, about, World())
         state.ema.shadow["conv_out.bias"] += 0.1

@@ -1,0 +1,58 @@
+"""Power-function averages along a run, kept below its ``ema/``, so that one of any width can be made afterwards.
+
+A snapshot's name holds its position, its width and the first half of its sha256, which is checked on reading.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator
+
+import safetensors.torch
+from torch import Tensor
+
+from models.ema import coefficients, reconstruct
+from pipelines.errors import ConfigurationError, DamagedError
+from pipelines.fit import State
+from pipelines.storage import Folder
+
+FOLDER = "ema"
+NAME = re.compile(r"(\d{12})-(0\.\d+)-([0-9a-f]{32})\.safetensors")
+
+
+def keep(run: Folder, state: State) -> None:
+    """Write the power-function averages of a state, if it has any. Again is the same. (rank 0)"""
+    for std, average in state.ema.power.items():
+        data = safetensors.torch.save({name: value.contiguous() for name, value in average.items()})
+        (run / FOLDER).put(f"{state.position:012d}-{std}-{_digest(data)}.safetensors", data)
+
+
+def average(run: Folder, position: int, std: float) -> dict[str, Tensor]:
+    """Return the average of width ``std`` at a position, made of the snapshots of the run until there.
+
+    Raises:
+        ConfigurationError: if the run left none that it can be made of, or for a width that cannot be.
+        DamagedError: if a snapshot is not what was written.
+    """
+    found = [match for match in map(NAME.fullmatch, (run / FOLDER).names()) if match and int(match[1]) <= position]
+    if not found:
+        raise ConfigurationError(
+            f"draw.ema_std is {std}; {run.url} has no snapshots up to {position} images: train with fit.ema.power_stds "
+            "0.05 0.10, or leave it at 0"
+        )
+    try:
+        shares = coefficients([(int(match[1]), float(match[2])) for match in found], position, std)
+    except ValueError as error:
+        raise ConfigurationError(f"draw.ema_std is {std}: {error}") from error
+    return reconstruct(_read(run / FOLDER, [match[0] for match in found]), shares)
+
+
+def _read(folder: Folder, names: list[str]) -> Iterator[dict[str, Tensor]]:
+    for name in names:
+        data = folder.get(name)
+        if f"-{_digest(data)}." not in name:
+            raise DamagedError(f"{folder.url}/{name} is not what was written: its sha256 differs; delete it")
+        yield safetensors.torch.load(data)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]

@@ -1,0 +1,135 @@
+"""Networks that leave for diffusers, and come from there."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from diffusers import DDPMPipeline
+
+from jobs.presets import DIGITS
+from models.network import NetworkConfig
+from models.noise import normal
+from models.objective import ObjectiveConfig
+from models.schedule import ScheduleConfig
+from pipelines import checkpoints, exchange
+from pipelines.config import SampleJob, TrainJob, to_dict
+from pipelines.errors import ConfigurationError, DataError
+from pipelines.lineage import Imported, Trained
+from pipelines.sample_plan import plan_samples
+from pipelines.storage import Folder
+from pipelines.training import export
+from pipelines.world import World
+from tests.pipelines.helpers import ABOUT, TINY, VARIANTS, tiny_state
+
+X, T = normal(0, "x", torch.arange(5), (1, 8, 8)), torch.tensor([1, 2, 300, 999, 1000])
+
+
+def trained(root: Path, **fit: Any) -> tuple[TrainJob, Trained]:
+    """A run with one checkpoint, of a network that is not trivial."""
+    classes = fit.pop("classes", 0)
+    job = replace(DIGITS, root=str(root), network=NetworkConfig(unet=TINY, labels=classes > 0),
+                  fit=replace(DIGITS.fit, **fit), schedule=ScheduleConfig(kind="linear"))  # fmt: skip
+    state = tiny_state(job.fit, variant=VARIANTS["plain"]._replace(classes=classes))
+    drawn = torch.Generator().manual_seed(0)
+    for shadow in state.ema.shadow.values():
+        shadow.copy_(0.1 * torch.randn(shadow.shape, generator=drawn))
+    state.position = 128
+    about = replace(ABOUT, config=to_dict(job), labels=[f"label {i}" for i in range(classes)])
+    checkpoints.commit(job.run, state, about, World())
+    return job, Trained.find(job.run.url)
+
+
+@pytest.mark.parametrize(("target", "theirs"), [("eps", "epsilon"), ("v", "v_prediction"), ("x_0", "sample")])
+def test_an_export_is_a_pipeline_and_comes_back_as_it_was(target: str, theirs: str, tmp_path: Path) -> None:
+    job, ours = trained(tmp_path, objective=ObjectiveConfig(target=target))  # type: ignore[arg-type]
+    url = export(job, ours)
+    pipeline = DDPMPipeline.from_pretrained(Folder(url).path())
+    assert pipeline.scheduler.config.prediction_type == theirs
+    with torch.no_grad():
+        expected = ours.network(averaged=True)(X, T)
+        torch.testing.assert_close(pipeline.unet(X, T - 1).sample, expected, rtol=1e-5, atol=1e-5)
+
+    back = Trained.find(url)
+    assert isinstance(back, Imported)
+    assert torch.equal(back.network(averaged=True)(X, T), expected)
+    assert back.target == target
+    torch.testing.assert_close(back.schedule().log_alpha_bar, ours.schedule().log_alpha_bar, rtol=1e-12, atol=0)
+    assert expected.std() > 0.01
+
+
+def test_the_plain_files_of_an_export_hold_both_sets_of_weights(tmp_path: Path) -> None:
+    job, ours = trained(tmp_path)
+    folder = Folder(export(job, ours))
+    about = json.loads(folder.get("config.json"))
+    assert (about["target"], about["position"], about["schedule"]["kind"]) == ("eps", 128, "linear")
+    for name, averaged in (("model", False), ("ema", True)):
+        written = safetensors.torch.load(folder.get(f"{name}.safetensors"))
+        weights = ours.network(averaged).state_dict()
+        assert written.keys() == weights.keys()
+        assert all(torch.equal(written[key], weights[key]) for key in weights)
+
+
+def test_a_network_with_labels_comes_back_with_them(tmp_path: Path) -> None:
+    job, ours = trained(tmp_path, classes=3)
+    back = Trained.find(export(job, ours))
+    assert back.labels == ["0", "1", "2"]
+    label = torch.tensor([0, 1, 2, -1, 0])
+    with torch.no_grad():
+        assert torch.equal(back.network(True)(X, T, label), ours.network(True)(X, T, label))
+        assert not torch.equal(back.network(True)(X, T, label), back.network(True)(X, T))
+
+
+def test_what_diffusers_has_no_word_for_is_exported_without_it(tmp_path: Path) -> None:
+    job, ours = trained(tmp_path, objective=ObjectiveConfig(target="article"))
+    folder = Folder(export(job, ours))
+    assert folder.exists("ema.safetensors") and not folder.exists(exchange.INDEX)
+
+
+def test_a_pipeline_is_drawn_from_as_from_a_run(tmp_path: Path) -> None:
+    """The lineage of its samples names the files; what a run alone has is refused, and so is what is unknown."""
+    job, ours = trained(tmp_path)
+    url = export(job, ours)
+    plan = plan_samples(SampleJob(checkpoint=url, out=str(tmp_path / "out")))
+    assert plan.lineage["checkpoint_digest"] == Trained.find(url).checkpoint.digest
+    assert plan.lineage["position"] == 0 and plan.lineage["tracking_run"] == ""
+    with pytest.raises(ConfigurationError, match=r"draw\.ema_std is 0\.1; .* came without snapshots"):
+        plan.trained.network(averaged=True, std=0.1)
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda config: config.update(act_fn="relu"), "act_fn"),
+        (lambda config: config.pop("block_out_channels"), "block_out_channels is missing"),
+    ],
+)
+def test_a_pipeline_of_another_form_is_refused(harm: Any, message: str, tmp_path: Path) -> None:
+    job, ours = trained(tmp_path)
+    folder = Folder(export(job, ours))
+    config = json.loads(folder.get(exchange.UNET))
+    harm(config)
+    folder.put(exchange.UNET, json.dumps(config).encode())
+    with pytest.raises(DataError, match=f"cannot be taken over: .*{message}"):
+        Trained.find(folder.url)
+
+
+def test_weights_that_are_no_safetensors_are_refused(tmp_path: Path) -> None:
+    job, ours = trained(tmp_path)
+    folder = Folder(export(job, ours))
+    folder.put(exchange.UNET_WEIGHTS, b"pickle")
+    with pytest.raises(DataError, match="cannot be taken over"):
+        Trained.find(folder.url)
+
+
+def test_weights_that_change_under_way_are_noticed(tmp_path: Path) -> None:
+    job, ours = trained(tmp_path)
+    found = Trained.find(export(job, ours))
+    weights = safetensors.torch.load(found.folder.get(exchange.UNET_WEIGHTS))
+    weights["conv_in.bias"] += 1
+    found.folder.put(exchange.UNET_WEIGHTS, safetensors.torch.save(weights))
+    with pytest.raises(DataError, match="has changed since the job began"):
+        found.network(averaged=True)

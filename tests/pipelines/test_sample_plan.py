@@ -1,0 +1,150 @@
+"""What a sample depends on: its label, the sampler's settings, and nothing that is not on record."""
+
+import io
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from jobs.presets import DIGITS
+from models.network import NetworkConfig
+from models.objective import ObjectiveConfig
+from pipelines import checkpoints
+from pipelines.config import DrawConfig, SampleJob, TrainJob, to_dict
+from pipelines.errors import ConfigurationError
+from pipelines.images import decode
+from pipelines.sample_plan import WHAT_A_SAMPLE_DEPENDS_ON, SamplePlan, check_claim, identity, plan_samples
+from pipelines.sampling import DrawShard
+from pipelines.storage import Folder
+from pipelines.world import World
+from tests.pipelines.helpers import ABOUT, FIT, TINY, VARIANTS, tiny_state
+
+DRAW = DrawConfig(steps=3, shard_images=10, batch_images=5)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    return committed(Folder(str(tmp_path_factory.mktemp("run"))), classes=4)
+
+
+def committed(folder: Folder, classes: int) -> Folder:
+    """A run with one checkpoint of a network that is not trivial, whose labels matter."""
+    state = tiny_state(FIT, variant=VARIANTS["plain"]._replace(classes=classes))
+    drawn = torch.Generator().manual_seed(0)
+    for shadow in state.ema.shadow.values():
+        shadow.copy_(0.4 * torch.randn(shadow.shape, generator=drawn))
+    state.position = 128
+    fit = replace(DIGITS.fit, objective=ObjectiveConfig(target="x_0"))  # so that its output can be seen in the pictures
+    config = to_dict(replace(DIGITS, fit=fit, network=NetworkConfig(unet=TINY, labels=classes > 0)))
+    names = ["a", "b", "c", "d"]  # the data have labels, whether or not the network learned them
+    checkpoints.commit(folder, state, replace(ABOUT, config=config, labels=names), World())
+    return folder
+
+
+def plan(run: Folder, out: Path, **draw: Any) -> SamplePlan:
+    return plan_samples(SampleJob(checkpoint=run.url, out=str(out), seeds="7-16", draw=replace(DRAW, **draw)))
+
+
+def drawn(plan: SamplePlan) -> tuple[list[int], np.ndarray]:
+    """Draw a shard where we stand; return its labels and pictures."""
+    list(DrawShard(plan)({"id": np.array([0])}))
+    table = pq.read_table(io.BytesIO(plan.out.get("part-000000.parquet")))
+    assert table["seed"].to_pylist() == list(range(7, 17))
+    return table["label"].to_pylist(), decode(table["image"].to_pylist(), "png", (8, 8, 1))
+
+
+def test_a_seed_has_its_label_and_the_file_says_which(run: Folder, tmp_path: Path) -> None:
+    labels, pictures = drawn(plan(run, tmp_path / "each"))
+    assert labels == [seed % 4 for seed in range(7, 17)]
+    only, of_one = drawn(plan(run, tmp_path / "one", label="c"))
+    assert only == [2] * 10
+    for i, label in enumerate(labels):
+        assert np.array_equal(pictures[i], of_one[i]) == (label == 2), "the pixels of a seed depend on its label"
+
+
+def test_guidance_exaggerates_and_1_is_none(run: Folder, tmp_path: Path) -> None:
+    plain, with_1, with_3 = (
+        drawn(plan(run, tmp_path / str(i), **draw))[1]
+        for i, draw in enumerate([{}, {"guidance": 1.0}, {"guidance": 3.0}])
+    )
+    assert np.array_equal(plain, with_1)
+    assert not np.array_equal(plain, with_3)
+
+
+def test_each_setting_that_changes_pictures_makes_other_samples(run: Folder, tmp_path: Path) -> None:
+    """And all of them are in the claim of the folder, so that no folder mixes two."""
+    other = {
+        "sampler": "heun", "steps": 4, "spacing": "quadratic", "label": "a", "guidance": 2.0, "clip": False,
+        "weights": "last", "batch_images": 4,
+    }  # fmt: skip
+    mine = plan(run, tmp_path / "mine")
+    mine.out.put("plan.json", b"{}")
+    pictures = drawn(mine)[1]
+    for name, value in other.items():
+        theirs = plan(run, tmp_path / name, **{name: value})
+        assert identity(theirs) != identity(mine)
+        if name != "batch_images":
+            assert not np.array_equal(drawn(theirs)[1], pictures), name
+    with pytest.raises(ConfigurationError, match="holds other samples"):
+        check_claim(mine)
+    assert set(other) | {"eta", "ema_std"} == set(WHAT_A_SAMPLE_DEPENDS_ON)
+    with_eta = [drawn(plan(run, tmp_path / f"eta{eta}", sampler="ddim", eta=eta))[1] for eta in (0.0, 1.0)]
+    assert not np.array_equal(*with_eta)
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        ({"label": "e"}, r"draw\.label is 'e'; the network knows a, b, c, d"),
+        ({"steps": 1001}, r"draw\.steps is 1001; it must be at most the T of the checkpoint, 1000"),
+    ],
+)
+def test_what_the_network_cannot_draw_is_refused(
+    draw: dict[str, Any], message: str, run: Folder, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        plan(run, tmp_path, **draw)
+
+
+def test_labels_of_a_network_that_knows_none_are_refused(tmp_path: Path) -> None:
+    run = committed(Folder(str(tmp_path / "run")), classes=0)
+    assert drawn(plan(run, tmp_path / "out"))[0] == [-1] * 10
+    refused: dict[str, dict[str, Any]] = {
+        r"draw\.label is a; .* knows no labels": {"label": "a"},
+        r"draw\.guidance is 2\.0; .* train one with network\.labels": {"guidance": 2.0},
+    }
+    for message, draw in refused.items():
+        with pytest.raises(ConfigurationError, match=message):
+            plan(run, tmp_path / "out", **draw)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"eta": 1.5, "sampler": "ddim"}, r"draw\.eta is 1\.5; it must lie in 0\.\.1"),
+        ({"eta": 0.5}, r"draw\.eta is 0\.5 and draw\.sampler dpm-solver; only ddim takes an eta"),
+        ({"guidance": -1.0}, r"draw\.guidance is -1\.0; it must not be negative"),
+        ({"ema_std": 0.1, "weights": "last"}, r"draw\.ema_std is 0\.1 and draw\.weights is last"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        DrawConfig(**wrong)
+
+
+def test_guidance_needs_a_network_that_learns_labels() -> None:
+    with pytest.raises(ConfigurationError, match=r"draw\.guidance 2\.0; both need .* add --network\.labels"):
+        replace(DIGITS, draw=replace(DIGITS.draw, guidance=2.0))
+
+
+def test_where_nothing_of_the_picture_is_left_the_target_must_say_something_of_it() -> None:
+    nothing_left = replace(DIGITS.schedule, zero_terminal_snr=True)
+    with pytest.raises(ValueError, match=r"fit\.objective\.target is eps; .* take fit\.objective\.target v"):
+        replace(DIGITS, schedule=nothing_left)
+    objective = replace(DIGITS.fit.objective, target="v")
+    job: TrainJob = replace(DIGITS, schedule=nothing_left, fit=replace(DIGITS.fit, objective=objective))
+    assert job.schedule.tables().alpha_bar[-1] == pytest.approx(2**-12)
