@@ -21,6 +21,7 @@ class MicroBatch(NamedTuple):
     """What the loop asks of a batch."""
 
     position: NDArray[np.int64]
+    label: NDArray[np.int64]
     image: NDArray[np.uint8]
 
 
@@ -39,7 +40,8 @@ def micro_batches(pixels: NDArray[np.uint8], config: FitConfig, seed: int) -> It
         rows = plan.rows(start, start + config.batch_images)
         for i in range(0, config.batch_images, config.micro_images):
             here = slice(i, i + config.micro_images)
-            yield MicroBatch(np.arange(start, start + config.batch_images)[here], pixels[rows[here]])
+            position = np.arange(start, start + config.batch_images)[here]
+            yield MicroBatch(position, np.full(len(position), -1), pixels[rows[here]])
 
 
 class Stopwatch:

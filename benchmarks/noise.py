@@ -25,11 +25,11 @@ import torch
 from benchmarks.common import digits, spread
 from jobs.presets import DIGITS
 from models.init import initialize
+from models.network import build
 from models.noise import normal
 from models.objective import reduced_loss
 from models.schedule import article
 from models.timesteps import stratified
-from models.unet import UNet
 from pipelines.fit import new_state, pixels_to_x_0
 
 ROUNDS, STEPS = 15, 20
@@ -38,9 +38,9 @@ MICRO, BATCH = DIGITS.fit.micro_images, DIGITS.fit.batch_images
 
 def training() -> Callable[[int], None]:
     """Return what does the i-th micro-batch of a training, with noise that is there already."""
-    model = UNet(DIGITS.network, image_channels=1, side=8)
+    model = build(DIGITS.network, image_channels=1, side=8)
     initialize(model, 0)
-    state = new_state(model.to(memory_format=torch.channels_last), DIGITS.fit)
+    state = new_state(model.to(memory_format=torch.channels_last), DIGITS.fit, article())
     schedule, x_0 = article(), pixels_to_x_0(torch.tensor(digits()[:MICRO]))
     eps, t = torch.randn_like(x_0), torch.randint(1, 1001, (MICRO,))
 

@@ -43,10 +43,10 @@ from benchmarks.common import Stopwatch, digits, micro_batches
 from jobs.presets import DIGITS
 from models.ema import EMAConfig
 from models.init import initialize
+from models.network import build
 from models.objective import EpsTheta
 from models.samplers import dpm_solver, sample
 from models.schedule import article
-from models.unet import UNet
 from pipelines.fit import FitConfig, State, fit, new_state, pixels_to_x_0, x_0_to_pixels
 from pipelines.images import encode
 from pipelines.pictures import contact_sheet
@@ -171,7 +171,7 @@ def train_ours(settings: Settings) -> None:
         grid_images=max(settings.marks),
         ema=EMAConfig(half_life_images=settings.half_life_images, warm_up=settings.ema_warm_up),
     )
-    model = UNet(DIGITS.network, image_channels=1, side=8)
+    model = build(DIGITS.network, image_channels=1, side=8)
     initialize(model, settings.seed)
     model = model.to(memory_format=torch.channels_last)
     examiner = Examiner(settings, "ours", schedule.alpha_bar, model)
@@ -192,7 +192,7 @@ def train_ours(settings: Settings) -> None:
                     )
 
     batches = micro_batches(pixels, config, settings.seed)
-    fit(config, new_state(model, config), schedule, settings.seed, batches, Listener())
+    fit(config, new_state(model, config, schedule), schedule, settings.seed, batches, Listener())
 
 
 def train_diffusers(settings: Settings) -> None:

@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from benchmarks.common import digits, micro_batches, spread
 from jobs.presets import DIGITS
 from models.init import initialize
+from models.network import build
 from models.schedule import article
-from models.unet import UNet
 from pipelines.fit import State, fit, new_state, pixels_to_x_0
 
 REPORT = 3_200
@@ -88,9 +88,9 @@ def alone(settings: Settings) -> float:
     """Run F once and return its images per second, the first report left out."""
     images = settings.images + REPORT
     config = replace(DIGITS.fit, images=images, log_images=REPORT, checkpoint_images=images, grid_images=images)
-    model = UNet(DIGITS.network, image_channels=1, side=8)
+    model = build(DIGITS.network, image_channels=1, side=8)
     initialize(model, 0)
-    state, listener = new_state(model.to(memory_format=torch.channels_last), config), Listener()
+    state, listener = new_state(model.to(memory_format=torch.channels_last), config, article()), Listener()
     fit(config, state, article(), 0, micro_batches(digits(), config, 0), listener)
     return steady(listener.speeds)
 
@@ -118,7 +118,7 @@ def bare() -> Iterator[None]:
     config, table = DIGITS.fit, article()
     alpha_bar, beta_bar = table.alpha_bar.float(), table.beta_bar.float()
     x_0 = pixels_to_x_0(torch.tensor(digits())).contiguous(memory_format=torch.channels_last)
-    model = UNet(DIGITS.network, image_channels=1, side=8)
+    model = build(DIGITS.network, image_channels=1, side=8)
     initialize(model, 0)
     model = model.to(memory_format=torch.channels_last)
     parameters = list(model.parameters())
