@@ -6,8 +6,7 @@
 - ``photograph.png``: a photograph torn down by the article's schedule and by one of constant α_t, with the same ε: why
   α_t should fall;
 - ``greedy_random.png``: samples of the same seeds by the greedy, random and posterior samplers in 1000 steps, and by
-  DPM-Solver++ in 20, with how far the samples of a row are apart beside that of real pictures;
-- ``building.png``: a real picture torn down, and below it a sample built up by the random sampler.
+  DPM-Solver++ in 20, with how far the samples of a row are apart beside that of real pictures.
 
 The network is that of a checkpoint, or of a run's folder. Without one, the preset `digits` is trained in memory,
 without Ray, which takes about five minutes of a core.
@@ -36,9 +35,8 @@ from models.process import demolish
 from models.samplers import SAMPLERS, sample
 from models.schedule import Schedule, ScheduleConfig, article
 from pipelines.fit import State, pixels_to_x_0, x_0_to_pixels
-from pipelines.images import Pixels, encode, grid
+from pipelines.images import Pixels, grid
 from pipelines.lineage import Trained
-from pipelines.pictures import strip
 
 KINDS = ("article", "linear", "cosine", "constant")
 WAYS = (("greedy", 1000), ("random", 1000), ("posterior", 1000), ("dpm-solver", 20))
@@ -153,8 +151,6 @@ def draw_network(eps_theta: Callable[[int], EpsTheta], schedule: Schedule, chann
     """Draw what needs a network. ``eps_theta(n)`` is its ε̂ for n samples."""
     real = real_pictures(channels, side)
     draw_ways(eps_theta(SAMPLES), schedule, real, out / "greedy_random.png")
-    way = strip(real[:1], eps_theta(1), schedule, schedule, SAMPLERS["random"], seed=0)
-    (out / "building.png").write_bytes(encode(way, "png"))
 
 
 def main() -> None:

@@ -266,16 +266,16 @@ def plot(rows: list[Row], path: Path) -> None:
             here = [next(row for row in rows if (row.images, row.rung) == (images, name)) for name in LADDER]
             value, low, high = (np.array([getattr(row, what + end) for row in here]) for end in ("", "_low", "_high"))
             x, colour = np.arange(len(LADDER)) + 0.16 * (i - (len(marks) - 1) / 2), f"C{i}"
-            panel.plot(x, value, color=colour, alpha=0.3)
             label = f"after {images:,} images"
             panel.errorbar(x, value, [value - low, high - value], fmt="o", color=colour, capsize=3, label=label)
             for place, top, number in zip(x, high, value, strict=True):
-                panel.annotate(f"{number:.2g}", (place, top), (0, 4), textcoords="offset points", rotation=90,
-                               ha="center", va="bottom", fontsize=7, color=colour)  # fmt: skip
-        panel.margins(y=0.12)
+                text = f"{number:.0f}" if number >= 10 else f"{number:.2g}"
+                panel.annotate(text, (place, top), (0, 4), textcoords="offset points", rotation=90,
+                               ha="center", va="bottom", fontsize=8, color=colour)  # fmt: skip
+        panel.margins(y=0.16)
         panel.set_yscale("log")
         panel.set_xticks(range(len(LADDER)), NAMES)
-        panel.grid(axis="y", which="both", alpha=0.25)
+        panel.grid(axis="y", alpha=0.4)
     loss, gradient = figure.axes
     loss.set_title(f"the loss of {B} images: variance over squared mean")
     gradient.set_title("its gradient: trace of the covariance over ‖mean‖²")

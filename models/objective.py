@@ -32,7 +32,8 @@ class ObjectiveConfig:
     target: Target = "eps"
     """What the network puts out: ε; the picture x_0; v = ᾱ_t ε - β̄_t x_0; or the article's ε_θ = (β_t/β̄_t) ε̂."""
     weight: Weight = "simple"
-    """1 for each t, in the target's own units; the article's β_t²/α_t² on the error of ε; or min-SNR-γ."""
+    """1 for each t, in the units of the target (of ε for the article's); the article's β_t²/α_t² on the error of ε; or
+    min-SNR-γ."""
     gamma: float = 5.0
     """The γ of min-snr: the SNR from which on cleaner pictures weigh no more (Hang et al., 2023)."""
 

@@ -197,7 +197,7 @@ def sample(
 def sample_noise(seeds: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Noise]:
     """Return x_T and the noise of each step for the samples of the given seeds (int64 [n])."""
     # A few small steps are drawn at once: what an operator costs to call is then shared among them.
-    together = max(1, DRAWN_TOGETHER // (len(seeds) * math.prod(shape)))
+    together = max(1, DRAWN_TOGETHER // max(1, len(seeds) * math.prod(shape)))
 
     @functools.lru_cache(maxsize=1)
     def stretch(first: int) -> Tensor:

@@ -14,7 +14,6 @@ from jobs.presets import DIGITS
 from pipelines import checkpoints
 from pipelines.checkpoints import Checkpoint
 from pipelines.config import to_dict
-from pipelines.fit import new_state
 from pipelines.images import encode
 from pipelines.manifest import Manifest, Shard
 from pipelines.storage import Folder
@@ -163,7 +162,7 @@ def trained(root: str) -> Folder:
         position=0, files={}, config=to_dict(DIGITS), data_digest="d", data_url="file:///d", shape=(1, 8, 8),
         labels=[], tracking_uri="none", tracking_run="", git_revision="",
     )  # fmt: skip
-    state, folder = new_state(tiny_state(FIT).model, FIT), Folder(root) / "runs" / "digits"
+    state, folder = tiny_state(FIT), Folder(root) / "runs" / "digits"
     for state.position in (128, 256):
         checkpoints.commit(folder, state, about, World())
     return folder

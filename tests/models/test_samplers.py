@@ -154,6 +154,19 @@ def test_to_sample_is_to_build_from_the_noise_of_the_seeds(clip):
     assert torch.equal(sample(random, shy, WHOLE, seeds, (1, 4, 4), steps=8, clip=clip), expected)
 
 
+@pytest.mark.parametrize("n", [1, 3, 700])  # of so many that one step is drawn alone, and of fewer
+def test_the_noise_of_a_step_is_that_of_its_address_whatever_was_asked_for_before(n):
+    seeds, shape = 5 + torch.arange(n), (3, 4, 4)
+    x_T, noise = sample_noise(seeds, shape)
+    assert torch.equal(x_T, normal(0, "sample x_T", seeds, shape))
+    for i in (1000, 999, 998, 3, 2, 1, 500, 1000):
+        assert torch.equal(noise(i), normal(0, "sample z", seeds, shape, i))
+
+
+def test_no_seeds_are_no_samples():
+    assert sample(random, shy, WHOLE, torch.empty(0, dtype=torch.int64), (1, 4, 4), steps=3).shape == (0, 1, 4, 4)
+
+
 def test_each_noise_of_a_sample_is_another():
     x_T, noise = sample_noise(torch.arange(2000), (1, 4, 4))
     draws = torch.stack([x_T, *(noise(i) for i in (1, 2, 3, 1000))]).flatten(1)

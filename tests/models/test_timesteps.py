@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from models.noise import words
 from models.schedule import article
 from models.timesteps import TimestepConfig, Timesteps, edges, stratified, stratified_by, uniform
 
@@ -189,6 +190,14 @@ def test_each_global_batch_covers_any_distribution_evenly(seed, batch_images, ma
     below = t.bincount(minlength=len(masses) + 1)[1:].cumsum(0)
     assert ((below - ends.double() * 2.0**-32 * batch_images).abs() < 1).all()
     assert int(below[-1]) == batch_images
+
+
+def test_a_draw_on_the_very_edge_is_of_the_t_that_begins_there():
+    # One draw in 2³²: so the edge is put where the draw is.
+    position = torch.tensor([77])
+    word = int(words(0, "t", position, step=0, blocks=1)[0])
+    for end, t in ((word, 2), (word + 1, 1)):
+        assert stratified_by(torch.tensor([end, 1 << 32]), 0, position, batch_images=1).tolist() == [t]
 
 
 def test_the_largest_batches_and_the_longest_runs_do_not_overflow():
