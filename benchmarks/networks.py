@@ -120,7 +120,7 @@ def contestants(size: Size, settings: Settings, sampling: bool) -> dict[str, tup
     theirs = {"diffusers": peer(size, network)}
     if settings.more:
         theirs["diffusers, channels-last"] = peer(size, network).to(memory_format=CHANNELS_LAST)
-    models: dict[str, nn.Module] = {"ours": ours} | theirs
+    models: dict[str, nn.Module] = {"ours": ours, "ours, in rows": awake(size)} | theirs
     if settings.more:
         mode = "reduce-overhead" if sampling and settings.device != "cpu" else None
         models["ours, compiled"] = torch.compile(awake(size).to(memory_format=CHANNELS_LAST), mode=mode)

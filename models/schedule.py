@@ -15,7 +15,7 @@ NOTHING_LEFT = 2.0**-12
 """ᾱ_T of a schedule of zero terminal SNR, an SNR of 2⁻²⁴. A true zero could not be divided by: x̂_0 would be lost."""
 
 Kind: TypeAlias = Literal["article", "linear", "cosine", "constant", "given"]
-Spacing: TypeAlias = Literal["even", "quadratic", "log-snr"]
+Spacing: TypeAlias = Literal["even", "rising", "quadratic", "log-snr"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +117,8 @@ class Schedule:
 
         Args:
             steps: strides, 1 <= steps <= S.
-            spacing: ``even`` in t; ``quadratic``, strides that grow with t (the DDIM paper's for CIFAR-10); or even in
-                ``log-snr`` down to t = 1 (the DPM-Solver paper's).
+            spacing: ``even`` in t; ``quadratic``, t ∝ i² (the DDIM paper's for CIFAR-10); ``rising``, t ∝ i^1.5, between
+                the two; or even in ``log-snr`` down to t = 1 (the DPM-Solver paper's).
 
         Raises:
             ValueError: if there are not as many steps, or for another spacing.
@@ -131,17 +131,16 @@ class Schedule:
     def _spaced(self, steps: int, spacing: Spacing) -> Tensor:
         """Return where the strides would end if they could end between indices: float64 [steps+1]."""
         share = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-        if spacing == "even":
-            return share * self.steps
-        if spacing == "quadratic":
-            return share.square() * self.steps
+        power = {"even": 1.0, "rising": 1.5, "quadratic": 2.0}
+        if spacing in power:
+            return share ** power[spacing] * self.steps
         if spacing == "log-snr":
             falling = self.log_snr[1:]
             wanted = torch.linspace(float(falling[0]), float(falling[-1]), steps, dtype=torch.float64)
             if steps == 1:
                 wanted = falling[-1:]
             return torch.cat([share[:1], 1 + _where(falling, wanted)])
-        raise ValueError(f"spacing is {spacing!r}; it must be one of even, quadratic, log-snr")
+        raise ValueError(f"spacing is {spacing!r}; it must be one of even, rising, quadratic, log-snr")
 
 
 def distinct(rising: Tensor, last: int) -> Tensor:

@@ -97,7 +97,7 @@ class DrawConfig:
     """Strides from noise to picture, at most the T of the schedule: evaluations of the network, of which heun takes two
     a stride and one in the last."""
     spacing: Spacing = "even"
-    """Where the strides end: even in t, growing with t (quadratic), or even in the log of the SNR."""
+    """Where the strides end: even in t; growing with t (rising, quadratic); or even in the log of the SNR."""
     eta: float = 0.0
     """Noise that ddim puts back: 0 for none, 1 for as much as posterior."""
     label: str = ""

@@ -126,7 +126,7 @@ def test_gaussian_data_come_out_as_the_formulas_say(name, mu, s, steps):
     assert_as_the_formulas_say(name, mu, s, ARTICLE, steps)
 
 
-@pytest.mark.parametrize("spacing", ["even", "quadratic", "log-snr"])
+@pytest.mark.parametrize("spacing", ["even", "rising", "quadratic", "log-snr"])
 @pytest.mark.parametrize("kind", [kind for kind in SCHEDULES if kind != "article"])
 @pytest.mark.parametrize("name", WALKS)
 def test_so_they_do_on_every_schedule_in_every_spacing(name, kind, spacing):
@@ -248,7 +248,7 @@ def test_strides_of_half_the_length_cut_the_error_by_the_order_of_the_solver(sam
 
 
 @pytest.mark.parametrize("steps", [20, 50, 100])
-@pytest.mark.parametrize("spacing", ["even", "quadratic", "log-snr"])
+@pytest.mark.parametrize("spacing", ["even", "rising", "quadratic", "log-snr"])
 def test_the_second_order_solvers_end_nearer_to_the_exact_walk(steps, spacing):
     for sampler in (dpm_solver, heun):
         assert 2 * error(sampler, steps, spacing) < error(ddim, steps, spacing)

@@ -12,7 +12,7 @@ from models.schedule import ScheduleConfig, article, distinct
 from tests.models.independent import SCHEDULES, alpha_bars, schedules
 
 TABLES = ("alpha", "beta", "alpha_bar", "beta_bar", "log_alpha_bar")
-SPACINGS = ("even", "quadratic", "log-snr")
+SPACINGS = ("even", "rising", "quadratic", "log-snr")
 quick = settings(deadline=None, derandomize=True, max_examples=60)
 
 
@@ -63,6 +63,8 @@ def test_one_stride_takes_all_of_the_road(spacing):
 def test_quadratic_strides_grow_with_t():
     time = article(1000).respaced(10, "quadratic").time
     assert time.tolist() == [0, 10, 40, 90, 160, 250, 360, 490, 640, 810, 1000]
+    between = article(1000).respaced(10, "rising").time
+    assert between.tolist() == [0, 32, 89, 164, 253, 354, 465, 586, 716, 854, 1000]  # 1000 (i/10)^1.5
     # 50 strides begin with t = 0.4, 1.6, 3.6, ...: the first are pushed apart, and the rest are where they belong.
     time = article(1000).respaced(50, "quadratic").time.tolist()
     assert time[:6] == [0, 1, 2, 4, 6, 10]
@@ -113,7 +115,7 @@ def test_a_bad_number_of_strides_is_named(steps, spacing):
 
 
 def test_another_spacing_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"spacing is 'karras'; .* even, quadratic, log-snr"):
+    with pytest.raises(ValueError, match=r"spacing is 'karras'; .* even, rising, quadratic, log-snr"):
         article(10).respaced(5, "karras")
 
 

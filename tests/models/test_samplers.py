@@ -53,7 +53,7 @@ def test_the_network_is_told_the_t_of_the_whole_schedule(name):
     assert all(t.dtype == torch.int64 for t in told)
 
 
-@pytest.mark.parametrize("spacing", ["even", "quadratic", "log-snr"])
+@pytest.mark.parametrize("spacing", ["even", "rising", "quadratic", "log-snr"])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_the_network_is_asked_once_a_stride_and_by_heun_twice_less_one(name, spacing):
     told = []
