@@ -125,6 +125,8 @@ def training_loss(
         eps_theta = as_eps(network, config.target, schedule)
         losses = form(eps_theta, x_0, t, noise("eps"), noise("eps_t"), schedule)
         units = "eps"
+    if config.weight == "simple":
+        return losses
     return losses * weights(config.weight, units, schedule, config.gamma).to(losses.device)[t].to(losses.dtype)
 
 

@@ -117,8 +117,8 @@ class Schedule:
 
         Args:
             steps: strides, 1 <= steps <= S.
-            spacing: ``even`` in t; ``quadratic``, t ∝ i² (the DDIM paper's for CIFAR-10); ``rising``, t ∝ i^1.5, between
-                the two; or even in ``log-snr`` down to t = 1 (the DPM-Solver paper's).
+            spacing: ``even`` in t; ``quadratic``, t ∝ i² (the DDIM paper's for CIFAR-10); ``rising``, t ∝ i^1.5,
+                between the two; or even in ``log-snr`` down to t = 1 (the DPM-Solver paper's).
 
         Raises:
             ValueError: if there are not as many steps, or for another spacing.

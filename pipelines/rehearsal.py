@@ -49,7 +49,7 @@ def dry_run(job: TrainJob) -> dict[str, Any]:
 
 
 def memory_per_worker(job: TrainJob, side: int, channels: int) -> int:
-    """Estimate what a worker's model, gradient, optimizer, average and saved activations take, in bytes."""
+    """Estimate what a worker's model, gradient, optimizer, averages and saved activations take, in bytes."""
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -62,4 +62,5 @@ def memory_per_worker(job: TrainJob, side: int, channels: int) -> int:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             model(x, torch.zeros(len(x), dtype=torch.long))
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    return 5 * weights + sum(saved.values())  # weights, gradient, two moments, the average
+    copies = 5 + len(job.fit.ema.power_stds)  # weights, gradient, two moments, the averages
+    return copies * weights + sum(saved.values())
