@@ -63,14 +63,15 @@ def distance(trained: Trained, way: str, start: int) -> tuple[float, int]:
 def overhead(trained: Trained) -> None:
     """Print the share of a sampler's time that is not the network's, with and without clipping."""
     network, schedule = trained.network(averaged=True), trained.schedule()
+    unlabelled = torch.full((BATCH,), -1)
     seeds = torch.arange(BATCH)
     x_T, noise = sample_noise(seeds, (1, 8, 8))
     inside = 0.0
 
-    def timed(x: Tensor, t: Tensor) -> Tensor:
+    def timed(x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         nonlocal inside
         began = time.process_time()
-        eps = network(x, t)
+        eps = network(x, t, label)
         inside += time.process_time() - began
         return eps
 
@@ -79,7 +80,8 @@ def overhead(trained: Trained) -> None:
             shares = []
             for _ in range(ROUNDS):
                 inside, began = 0.0, time.process_time()
-                build(sampler, clip_x_0(timed, schedule) if clip else timed, x_T, schedule.respaced(20), noise)
+                eps_theta = trained.eps_theta(timed, unlabelled, guidance=1.0)
+                build(sampler, clip_x_0(eps_theta, schedule) if clip else eps_theta, x_T, schedule.respaced(20), noise)
                 shares.append(1 - inside / (time.process_time() - began))
             print(
                 f"{name:12s} {'clipped' if clip else 'as it is':8s} {100 * median(shares):5.2f} % outside the network"

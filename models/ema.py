@@ -43,7 +43,7 @@ class EMAConfig:
             if not getattr(self, name) > 0:
                 raise ValueError(f"fit.ema.{name} is {getattr(self, name)}; it must be positive: try {way_out}")
         for std in self.power_stds:
-            _check_std("fit.ema.power_stds", std)
+            check_std("fit.ema.power_stds", std)
         if len(self.power_stds) == 1 or len(set(self.power_stds)) < len(self.power_stds):
             raise ValueError(
                 f"fit.ema.power_stds is {self.power_stds}; other widths are made from two or more that differ: try "
@@ -90,7 +90,7 @@ def gamma_of(std: float) -> float:
     With u = γ+2 and s = 1/σ_rel² it is the largest of the three roots of u³ + u² - s u + s = 0, in closed form: Viète's
     cosine for v³ - p v + q = 0, v = u + 1/3.
     """
-    _check_std("std", std)
+    check_std("std", std)
     s = std**-2
     p, q = s + 1 / 3, 4 * s / 3 + 2 / 27
     radius = 2 * math.sqrt(p / 3)
@@ -159,7 +159,8 @@ def _inner(s: Tensor, a: Tensor, t: Tensor, b: Tensor) -> Tensor:
     return (a + 1) * (b + 1) / (a + b + 1) * (early / late) ** torch.where(s > t, a, b) / late
 
 
-def _check_std(name: str, std: float) -> None:
+def check_std(name: str, std: float) -> None:
+    """Raise ValueError, with the name of the field, unless an average can be of this width."""
     if not 0 < std < WIDEST:
         raise ValueError(
             f"{name} is {std}; a width σ_rel must be above 0 and below 1/√12 = 0.2887, that of the plain mean: try 0.10"

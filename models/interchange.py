@@ -53,6 +53,17 @@ ABSENT: dict[str, Any] = FORM | {
 """What it means when a config.json does not have a field."""
 SIZES = ("block_out_channels", "down_block_types", "sample_size", "up_block_types")
 """Fields that it must have."""
+SCHEDULERS = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+)
+"""Those whose betas mean what a DDPMScheduler's do; how they walk is not taken over."""
 PREDICTION_TYPES = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
 """Our targets of a network, in a DDPMScheduler's words. It has none for the article's."""
 
@@ -232,8 +243,10 @@ def from_scheduler_config(config: dict[str, Any]) -> tuple[tuple[float, ...], st
     """Return the paper's β_1..β_T, our β_t², and the prediction type of a DDPMScheduler.
 
     Raises:
-        ValueError: unless its betas are given one by one or in a line.
+        ValueError: unless its betas are given one by one or in a line, and mean the same.
     """
+    if config.get("_class_name", "DDPMScheduler") not in SCHEDULERS:
+        raise ValueError(f"_class_name is {config['_class_name']!r}; it must be one of {', '.join(SCHEDULERS)}")
     prediction_type = config.get("prediction_type", "epsilon")
     _check_prediction(prediction_type)
     if config.get("rescale_betas_zero_snr"):

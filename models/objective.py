@@ -28,18 +28,23 @@ class ObjectiveConfig:
     """What the network is asked for, and what an error costs."""
 
     loss: Loss = "reduced"
-    """The article's last loss, or its first two, which have the same gradient on average and more variance."""
+    """The article's last loss, or its first two: the same gradient at each t up to a factor, with more variance."""
     target: Target = "eps"
     """What the network puts out: ε; the picture x_0; v = ᾱ_t ε - β̄_t x_0; or the article's ε_θ = (β_t/β̄_t) ε̂."""
     weight: Weight = "simple"
-    """1 for each t, in the units of the target (of ε for the article's); the article's β_t²/α_t² on the error of ε; or
-    min-SNR-γ."""
+    """1 for each t, in the units of the target (of ε for the article's); the article's β_t²/α_t² on the error of ε,
+    which makes the two-noise loss the reconstruction; or min-SNR-γ, for the reduced loss."""
     gamma: float = 5.0
     """The γ of min-snr: the SNR from which on cleaner pictures weigh no more (Hang et al., 2023)."""
 
     def __post_init__(self) -> None:
         if not self.gamma > 0:
             raise ValueError(f"fit.objective.gamma is {self.gamma}; it must be positive: try 5")
+        if self.loss != "reduced" and self.weight == "min-snr":
+            raise ValueError(
+                f"fit.objective.weight is min-snr; the {self.loss} loss has weights of its own: take "
+                "fit.objective.loss reduced"
+            )
         if self.loss == "reconstruction" and self.weight != "simple":
             raise ValueError(
                 f"fit.objective.weight is {self.weight}; the reconstruction loss has the article's weight in it "

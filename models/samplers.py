@@ -87,7 +87,9 @@ def ddim(eps_theta: EpsTheta, x_T: Tensor, schedule: Schedule, noise: Noise, eta
 def heun(eps_theta: EpsTheta, x_T: Tensor, schedule: Schedule, noise: Noise) -> Iterator[Tensor]:
     """Heun's second-order steps along the probability-flow ODE, d(x/ᾱ)/d(β̄/ᾱ) = ε̂ (Karras et al., 2022).
 
-    Two evaluations of the network a step, but one in the last, which ends where β̄ is 0: 2S - 1 in all.
+    Two evaluations of the network a step, but one in the last, which ends where β̄ is 0: 2S - 1 in all. β̄/ᾱ is huge
+    where next to nothing of the picture is left (the cosine schedule, zero terminal SNR), and a few strides from there
+    overshoot: take many, or :func:`dpm_solver`.
     """
     x = x_T
     yield x

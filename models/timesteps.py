@@ -1,7 +1,8 @@
 """How t is drawn: one t per image, a function of (seed, position), the same on any number of workers.
 
 A number u in [0, 1) belongs to each position; t is where u falls in the distribution of t. Integers throughout, so t
-is the same on every device.
+is the same on every device. ``loss-aware`` alone also depends on the losses of the batches before: on any workers up to
+the rounding of those losses.
 """
 
 from collections.abc import Callable
@@ -19,8 +20,9 @@ MEMORY = 10
 """Observations of a t that its second moment remembers; and how many each t must have before the moments are used."""
 UNIFORM_SHARE = 0.01
 """Part of the loss-aware draws that is uniform, so that no weight exceeds 100."""
-FIXED_POINT = 2.0**32
-"""Squared losses are summed as integers of this scale: sums of integers do not depend on who adds first."""
+FIXED_POINT, LARGEST = 2.0**40, 2.0**10
+"""Squared losses, up to the largest, are summed as integers of this scale: sums of integers do not depend on who adds
+first. Losses below 10⁻⁶ are not told from 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +85,7 @@ class Timesteps:
     def observe(self, t: Tensor, losses: Tensor) -> None:
         """Take note of the losses of a micro-batch, float [B], before any weight of :meth:`draw`."""
         if self.config.kind == "loss-aware":
-            squared = (losses.detach().double().square().clamp(max=2.0**20) * FIXED_POINT).round().long()
+            squared = (losses.detach().double().square().clamp(max=LARGEST) * FIXED_POINT).round().long()
             self._observed.index_add_(1, t - 1, torch.stack([squared, torch.ones_like(squared)]))
 
     def learn(self, total: Callable[[Tensor], Tensor]) -> None:
@@ -110,8 +112,12 @@ class Timesteps:
         self._edges = None
         if int(self.state["seen"].min()) >= MEMORY:
             # The distribution of least variance of the loss is ∝ √E[loss²] (Nichol and Dhariwal, 2021).
-            wanted = self.state["second_moment"].sqrt().clamp(min=2.0**-64)  # even where nothing was lost at all
-            self._edges = edges((1 - UNIFORM_SHARE) * wanted / wanted.sum() + UNIFORM_SHARE / self.T)
+            moment = self.state["second_moment"]
+            wanted = (
+                moment.cpu().sqrt().clamp(min=2.0**-64)
+            )  # even where nothing was lost; on the CPU sums are in order
+            drawn = edges((1 - UNIFORM_SHARE) * wanted / wanted.sum() + UNIFORM_SHARE / self.T)
+            self._edges = drawn.to(moment.device)
 
 
 def uniform(seed: int, position: Tensor, T: int) -> Tensor:

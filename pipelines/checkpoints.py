@@ -13,7 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,8 @@ class Checkpoint:
     tracking_uri: str
     tracking_run: str
     git_revision: str
+    snapshots: list[str] = field(default_factory=list)
+    """Names of the run's power-function averages until here."""
 
     @property
     def digest(self) -> str:

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from models.ema import check_std
 from models.network import NetworkConfig
 from models.samplers import SAMPLERS, Sampler, ddim
 from models.schedule import ScheduleConfig, Spacing
@@ -130,8 +131,17 @@ class DrawConfig:
             raise ConfigurationError(f"draw.eta is {self.eta} and draw.sampler {self.sampler}; only ddim takes an eta")
         if not self.guidance >= 0:
             raise ConfigurationError(f"draw.guidance is {self.guidance}; it must not be negative: try 1")
+        if self.ema_std:
+            with checked():
+                check_std("draw.ema_std", self.ema_std)
         if self.ema_std and self.weights == "last":
             raise ConfigurationError(f"draw.ema_std is {self.ema_std} and draw.weights is last; take draw.weights ema")
+
+    @property
+    def evaluations(self) -> int:
+        """Evaluations of the network for each sample; with guidance each is of twice the batch."""
+        once = 2 * self.steps - 1 if self.sampler == "heun" else self.steps
+        return once if self.guidance == 1 else 2 * once
 
     @property
     def walk(self) -> Sampler:
@@ -180,6 +190,15 @@ class TrainJob:
         with checked():
             self.fit.objective.check_schedule(self.schedule.zero_terminal_snr)
             self.fit.timesteps.check_schedule(self.schedule.tables())
+        if self.draw.ema_std and not self.fit.ema.power_stds:
+            raise ConfigurationError(
+                f"draw.ema_std is {self.draw.ema_std}; it is made of snapshots: add --fit.ema.power-stds 0.05 0.1"
+            )
+        if self.draw.label and self.evaluate_images:
+            raise ConfigurationError(
+                f"draw.label is {self.draw.label!r} and evaluate_images {self.evaluate_images}; samples of one label "
+                "cannot be scored against all images: add --evaluate-images 0, and draw with jobs/sample.py"
+            )
         if (self.draw.label or self.draw.guidance != 1) and not self.network.labels:
             raise ConfigurationError(
                 f"draw.label is {self.draw.label!r} and draw.guidance {self.draw.guidance}; both need a network that "

@@ -85,8 +85,9 @@ def read_pipeline(folder: Folder) -> Checkpoint:
         betas, prediction_type = from_scheduler_config(json.loads(files[SCHEDULER]))
         target = {theirs: ours for ours, theirs in PREDICTION_TYPES.items()}[prediction_type]
         schedule = ScheduleConfig(kind="given", T=len(betas), betas=betas)
-    except (ValueError, safetensors.SafetensorError) as error:
-        raise DataError(f"{folder.url} cannot be taken over: {error}") from error
+    except (ValueError, TypeError, LookupError, AttributeError, safetensors.SafetensorError) as error:
+        raise DataError(f"{folder.url} cannot be taken over: {type(error).__name__}: {error}") from error
+    names = _label_names(folder, classes)
     config: dict[str, Any] = {
         "network": to_dict(NetworkConfig(unet=unet, labels=classes > 0)),
         "schedule": to_dict(schedule),
@@ -99,11 +100,22 @@ def read_pipeline(folder: Folder) -> Checkpoint:
         data_digest="",
         data_url="",
         shape=(channels, side, side),
-        labels=[str(i) for i in range(classes)],
+        labels=names,
         tracking_uri="none",
         tracking_run="",
         git_revision="",
     )
+
+
+def _label_names(folder: Folder, classes: int) -> list[str]:
+    """Return the labels' names as an export of ours tells them, or else their numbers."""
+    if classes and folder.exists("config.json"):
+        names = json.loads(folder.get("config.json")).get("labels", [])
+        if len(names) == classes:
+            return [str(name) for name in names]
+    if classes:
+        log.warning("%s: label %d of 0..%d is taken for `no label`", folder.url, classes, classes)
+    return [str(i) for i in range(classes)]
 
 
 def read_pipeline_weights(folder: Folder, checkpoint: Checkpoint) -> dict[str, Tensor]:

@@ -93,6 +93,12 @@ class FitConfig:
         for name in ("warm_up_images", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ConfigurationError(f"fit.{name} is {getattr(self, name)}; it must not be negative")
+        tiny = self.objective.loss == "reconstruction" or self.objective.weight == "article"
+        if tiny and self.timesteps.kind == "loss-aware":
+            raise ConfigurationError(
+                "fit.timesteps.kind is loss-aware; with the article's weight most losses are too small to be told from 0: "
+                "take fit.timesteps.kind stratified, or fit.objective.weight simple"
+            )
         if not 0 <= self.label_dropout <= 1:
             raise ConfigurationError(f"fit.label_dropout is {self.label_dropout}; it must lie in 0..1: try 0.1")
 

@@ -2,6 +2,7 @@
 
 import subprocess
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -59,6 +60,11 @@ class Trained:
         )
 
     def schedule(self) -> Schedule:
+        """Return the whole schedule that the network was trained on."""
+        return self._tables
+
+    @cached_property
+    def _tables(self) -> Schedule:
         return from_dict(ScheduleConfig, self.checkpoint.config["schedule"], self.folder.url).tables()
 
     @property
@@ -99,7 +105,8 @@ class Trained:
     def _fill(self, model: nn.Module, averaged: bool, std: float) -> None:
         if std:
             run = Folder(self.folder.url.rpartition("/")[0])
-            model.load_state_dict(snapshots.average(run, self.checkpoint.position, std))
+            names, position = self.checkpoint.snapshots, self.checkpoint.position
+            model.load_state_dict(snapshots.average(run, names, position, std))
         else:
             checkpoints.load_weights(self.folder, self.checkpoint, model, averaged)
 

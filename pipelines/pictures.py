@@ -23,7 +23,7 @@ def contact_sheet(pixels: Pixels) -> Pixels:
 
 
 def strip(
-    x_0: Tensor, eps_theta: EpsTheta, schedule: Schedule, respaced: Schedule, sampler: Sampler, seed: int
+    x_0: Tensor, eps_theta: EpsTheta, schedule: Schedule, respaced: Schedule, sampler: Sampler, seed: int, clip: bool
 ) -> Pixels:
     """Lay out two rows: x_0 [1, C, H, W] torn down to x_T, and below it the sample of a seed built up from x_T.
 
@@ -41,7 +41,7 @@ def strip(
 
     x_T, noise = sample_noise(torch.tensor([seed]), tuple(x_0.shape[1:]))
     with torch.no_grad():
-        way = list(sampler(clip_x_0(eps_theta, schedule), x_T, respaced, noise))
+        way = list(sampler(clip_x_0(eps_theta, schedule) if clip else eps_theta, x_T, respaced, noise))
     built_up = torch.cat([way[i] for i in ((1 - way_along[::-1]) * (len(way) - 1)).round().astype(int)])
     rows = x_0_to_pixels(torch.cat([torn_down, built_up])).numpy()
     return grid(rows, PIECES, scale=max(1, 1024 // (PIECES * rows.shape[2])))

@@ -59,6 +59,11 @@ def plan_samples(job: SampleJob) -> SamplePlan:
             f"draw.steps is {job.draw.steps}; it must be at most the T of the checkpoint, {trained.schedule().steps}"
         )
     check_labels(job.draw, trained)
+    if job.draw.ema_std and not checkpoint.snapshots:
+        raise ConfigurationError(
+            f"draw.ema_std is {job.draw.ema_std}; {trained.folder.url} has no snapshots to make it of: train with "
+            "fit.ema.power_stds 0.05 0.10, or leave it at 0"
+        )
     lineage = {
         "checkpoint": trained.folder.url,
         "checkpoint_digest": checkpoint.digest,

@@ -197,7 +197,7 @@ def draw_strip(plan: SamplePlan) -> Pixels:
     network = trained.network(averaged=draw.weights == "ema", std=draw.ema_std)
     eps_theta = trained.eps_theta(network, plan.labels(torch.tensor(plan.seeds[:1])), draw.guidance)
     respaced = trained.schedule().respaced(draw.steps, draw.spacing)
-    return strip(x_0, eps_theta, trained.schedule(), respaced, draw.walk, plan.seeds.start)
+    return strip(x_0, eps_theta, trained.schedule(), respaced, draw.walk, plan.seeds.start, draw.clip)
 
 
 def verify(folder: Folder) -> dict[str, Any]:
@@ -241,7 +241,7 @@ def dry_run(job: SampleJob) -> dict[str, Any]:
         "images": len(plan.seeds),
         "shards": plan.shards,
         "shards_to_draw": len(missing),
-        "network_evaluations": sum(len(plan.shard_seeds(shard)) for shard in missing) * plan.draw.steps,
+        "network_evaluations": sum(len(plan.shard_seeds(shard)) for shard in missing) * plan.draw.evaluations,
         "samples": plan.out.url,
         "lineage": plan.lineage,
     }

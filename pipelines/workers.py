@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import pyarrow.fs
@@ -134,9 +134,10 @@ class WorkerListener:
 
     def checkpoint(self, state: State) -> None:
         began = time.perf_counter()
-        if self.world.rank == 0:
-            snapshots.keep(self.task.job.run, state)  # before the manifest: a committed checkpoint has its snapshots
-        checkpoints.commit(self.task.job.run, state, self.task.about, self.world)
+        about = self.task.about
+        if self.world.rank == 0:  # before the manifest, which names them
+            about = replace(about, snapshots=snapshots.keep(self.task.job.run, state))
+        checkpoints.commit(self.task.job.run, state, about, self.world)
         if self.world.rank == 0:
             checkpoints.keep_newest(self.task.job.run, self.task.job.keep_checkpoints, state.position)
             self.send(Committed(state.position, time.perf_counter() - began))

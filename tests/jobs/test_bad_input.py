@@ -127,6 +127,8 @@ def test_a_value_out_of_range(run: Callable) -> None:
         ("--draw.label 7", "add --network.labels"),
         ("--network.labels --draw.label x", "it must be a label of the data: 0, 1, 2"),
         ("--draw.eta 0.5", "only ddim takes an eta"),
+        ("--draw.ema-std 0.5", "draw.ema_std is 0.5; a width σ_rel must be above 0 and below"),
+        ("--fit.timesteps.kind loss-aware --fit.objective.weight article", "too small to be told from 0"),
     ],
 )
 def test_choices_that_do_not_go_together(run: Callable, root: str, flags: str, message: str) -> None:

@@ -76,7 +76,7 @@ def test_the_plain_files_of_an_export_hold_both_sets_of_weights(tmp_path: Path) 
 def test_a_network_with_labels_comes_back_with_them(tmp_path: Path) -> None:
     job, ours = trained(tmp_path, classes=3)
     back = Trained.find(export(job, ours))
-    assert back.labels == ["0", "1", "2"]
+    assert back.labels == ["label 0", "label 1", "label 2"]
     label = torch.tensor([0, 1, 2, -1, 0])
     with torch.no_grad():
         assert torch.equal(back.network(True)(X, T, label), ours.network(True)(X, T, label))
@@ -114,6 +114,24 @@ def test_a_pipeline_of_another_form_is_refused(harm: Any, message: str, tmp_path
     harm(config)
     folder.put(exchange.UNET, json.dumps(config).encode())
     with pytest.raises(DataError, match=f"cannot be taken over: .*{message}"):
+        Trained.find(folder.url)
+
+
+@pytest.mark.parametrize(
+    ("file", "harm"),
+    [
+        (exchange.UNET, {"block_out_channels": 8}),
+        (exchange.UNET, {"down_block_types": None}),
+        (exchange.UNET, {"layers_per_block": [1, 1]}),
+        (exchange.SCHEDULER, {"trained_betas": 0.1}),
+        (exchange.SCHEDULER, {"_class_name": "FlowMatchEulerDiscreteScheduler"}),
+    ],
+)
+def test_nonsense_is_damaged_data_and_no_traceback(file: str, harm: dict[str, Any], tmp_path: Path) -> None:
+    job, ours = trained(tmp_path)
+    folder = Folder(export(job, ours))
+    folder.put(file, json.dumps(json.loads(folder.get(file)) | harm).encode())
+    with pytest.raises(DataError, match="cannot be taken over"):
         Trained.find(folder.url)
 
 

@@ -136,6 +136,42 @@ def test_settings_that_make_no_sense_are_refused(wrong: dict[str, Any], message:
         DrawConfig(**wrong)
 
 
+@pytest.mark.parametrize("std", [0.5, -1.0, float("nan")])
+def test_widths_that_cannot_be_are_refused_at_once(std: float) -> None:
+    with pytest.raises(ConfigurationError, match=rf"draw\.ema_std is {std}; a width"):
+        DrawConfig(ema_std=std)
+
+
+def test_a_width_needs_snapshots_before_training_and_before_drawing(run: Folder, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"draw\.ema_std is 0\.1; .* add --fit\.ema\.power-stds"):
+        replace(DIGITS, draw=replace(DIGITS.draw, ema_std=0.1))
+    with pytest.raises(ConfigurationError, match=r"draw\.ema_std is 0\.1; .* has no snapshots"):
+        plan(run, tmp_path / "out", ema_std=0.1)
+
+
+def test_one_label_is_not_scored_against_all() -> None:
+    with pytest.raises(ConfigurationError, match=r"draw\.label is '7' and evaluate_images 1797"):
+        replace(DIGITS, network=replace(DIGITS.network, labels=True), draw=replace(DIGITS.draw, label="7"))
+
+
+@pytest.mark.parametrize(
+    ("draw", "evaluations"),
+    [({}, 3), ({"sampler": "heun"}, 5), ({"guidance": 2.0}, 6), ({"sampler": "heun", "guidance": 0.0}, 10)],
+)
+def test_the_cost_of_a_sample_is_counted(draw: dict[str, Any], evaluations: int, run: Folder, tmp_path: Path) -> None:
+    """By the rows that really go through the network."""
+    through = 0
+    shard = DrawShard(plan(run, tmp_path, **draw))
+    shard.network.register_forward_pre_hook(lambda _, args: count(len(args[0])))
+
+    def count(rows: int) -> None:
+        nonlocal through
+        through += rows
+
+    list(shard({"id": np.array([0])}))
+    assert shard.plan.draw.evaluations == evaluations == through / 10
+
+
 def test_guidance_needs_a_network_that_learns_labels() -> None:
     with pytest.raises(ConfigurationError, match=r"draw\.guidance 2\.0; both need .* add --network\.labels"):
         replace(DIGITS, draw=replace(DIGITS.draw, guidance=2.0))
