@@ -126,7 +126,7 @@ class DrawConfig:
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"draw.{name} is {getattr(self, name)}; it must be at least 1")
         if not 0 <= self.eta <= 1:
-            raise ConfigurationError(f"draw.eta is {self.eta}; it must lie in 0..1")
+            raise ConfigurationError(f"draw.eta is {self.eta}; it must lie in 0..1: try 0")
         if self.eta and self.sampler != "ddim":
             raise ConfigurationError(f"draw.eta is {self.eta} and draw.sampler {self.sampler}; only ddim takes an eta")
         if not self.guidance >= 0:
@@ -194,15 +194,18 @@ class TrainJob:
             raise ConfigurationError(
                 f"draw.ema_std is {self.draw.ema_std}; it is made of snapshots: add --fit.ema.power-stds 0.05 0.1"
             )
+        if (self.draw.label or self.draw.guidance != 1) and not self.network.labels:
+            asked = f"label is {self.draw.label!r}" if self.draw.label else f"guidance is {self.draw.guidance}"
+            raise ConfigurationError(f"draw.{asked}; that needs a network that learns labels: add --network.labels")
+        if self.draw.guidance not in (0, 1) and self.fit.label_dropout == 0:
+            raise ConfigurationError(
+                f"draw.guidance is {self.draw.guidance} and fit.label_dropout 0; guidance needs a network that was "
+                "also trained without labels: try --fit.label-dropout 0.1"
+            )
         if self.draw.label and self.evaluate_images:
             raise ConfigurationError(
                 f"draw.label is {self.draw.label!r} and evaluate_images {self.evaluate_images}; samples of one label "
                 "cannot be scored against all images: add --evaluate-images 0, and draw with jobs/sample.py"
-            )
-        if (self.draw.label or self.draw.guidance != 1) and not self.network.labels:
-            raise ConfigurationError(
-                f"draw.label is {self.draw.label!r} and draw.guidance {self.draw.guidance}; both need a network that "
-                "learns labels: add --network.labels"
             )
 
     @property
@@ -217,7 +220,7 @@ class SampleJob:
     out: str
     """Folder or URL for the samples."""
     checkpoint: str = ""
-    """A run's folder, for its newest checkpoint, or the folder of one checkpoint."""
+    """A run's folder, for its newest checkpoint; the folder of one checkpoint; or a DDPMPipeline of diffusers."""
     seeds: str = "0-63"
     """The seeds, both ends included, such as 0-49999."""
     draw: DrawConfig = field(default_factory=DrawConfig)

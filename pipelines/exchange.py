@@ -77,6 +77,11 @@ def read_pipeline(folder: Folder) -> Checkpoint:
     Raises:
         DataError: if it is not one, or not of a form that this package knows.
     """
+    if not folder.exists(UNET_WEIGHTS):
+        raise DataError(
+            f"{folder.url}/{UNET_WEIGHTS} is missing; only safetensors are read: save the pipeline again with "
+            "save_pretrained(folder, safe_serialization=True)"
+        )
     files = {name: folder.get(name) for name in (UNET, SCHEDULER, UNET_WEIGHTS)}
     try:
         unet, channels, side, classes, _ = from_diffusers(

@@ -96,8 +96,8 @@ class FitConfig:
         tiny = self.objective.loss == "reconstruction" or self.objective.weight == "article"
         if tiny and self.timesteps.kind == "loss-aware":
             raise ConfigurationError(
-                "fit.timesteps.kind is loss-aware; with the article's weight most losses are too small to be told from 0: "
-                "take fit.timesteps.kind stratified, or fit.objective.weight simple"
+                "fit.timesteps.kind is loss-aware; with the article's weight most losses are too small to be told "
+                "from 0: take fit.timesteps.kind stratified, or fit.objective.weight simple"
             )
         if not 0 <= self.label_dropout <= 1:
             raise ConfigurationError(f"fit.label_dropout is {self.label_dropout}; it must lie in 0..1: try 0.1")

@@ -117,6 +117,15 @@ def test_a_pipeline_of_another_form_is_refused(harm: Any, message: str, tmp_path
         Trained.find(folder.url)
 
 
+def test_pickled_weights_are_no_weights(tmp_path: Path) -> None:
+    job, ours = trained(tmp_path)
+    folder = Folder(export(job, ours))
+    weights = Path(folder.path(exchange.UNET_WEIGHTS))
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(DataError, match=r"is missing; only safetensors are read: .* safe_serialization=True"):
+        Trained.find(folder.url)
+
+
 @pytest.mark.parametrize(
     ("file", "harm"),
     [

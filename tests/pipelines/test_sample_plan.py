@@ -173,7 +173,7 @@ def test_the_cost_of_a_sample_is_counted(draw: dict[str, Any], evaluations: int,
 
 
 def test_guidance_needs_a_network_that_learns_labels() -> None:
-    with pytest.raises(ConfigurationError, match=r"draw\.guidance 2\.0; both need .* add --network\.labels"):
+    with pytest.raises(ConfigurationError, match=r"draw\.guidance is 2\.0; that needs .* add --network\.labels"):
         replace(DIGITS, draw=replace(DIGITS.draw, guidance=2.0))
 
 
