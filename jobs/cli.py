@@ -12,9 +12,9 @@ from typing import Any, NoReturn, TypeVar
 
 import tyro
 
-from pipelines.config import file_as_flags, to_yaml
 from pipelines.errors import ConfigurationError, DataError, TryAgainError
 from pipelines.invocation import Invocation
+from pipelines.plain import file_as_flags, to_yaml
 
 J = TypeVar("J")
 DONE, FAILED, BAD_CONFIGURATION, BAD_DATA, TRY_AGAIN, INTERRUPTED = 0, 1, 2, 3, 75, 130

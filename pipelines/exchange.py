@@ -25,8 +25,8 @@ from models.network import NetworkConfig
 from models.objective import ObjectiveConfig, Target
 from models.schedule import Schedule, ScheduleConfig
 from pipelines.checkpoints import Checkpoint
-from pipelines.config import to_dict
 from pipelines.errors import DataError
+from pipelines.plain import to_dict
 from pipelines.storage import Folder
 
 INDEX = "model_index.json"

@@ -15,8 +15,8 @@ from models.samplers import guided
 from models.schedule import Schedule, ScheduleConfig
 from pipelines import checkpoints, exchange, snapshots
 from pipelines.checkpoints import Checkpoint
-from pipelines.config import from_dict
 from pipelines.errors import ConfigurationError, DataError
+from pipelines.plain import from_dict
 from pipelines.storage import Folder
 
 

@@ -18,13 +18,14 @@ from models.network import build
 from pipelines import checkpoints
 from pipelines.checkpoints import Checkpoint
 from pipelines.cluster import cluster
-from pipelines.config import SampleJob, TrainJob, flatten, to_dict, to_yaml
+from pipelines.config import SampleJob, TrainJob
 from pipelines.digits import write_digits
 from pipelines.errors import ConfigurationError, checked
 from pipelines.exchange import write_pipeline
 from pipelines.ingest import IngestPlan, ingest
 from pipelines.lineage import Trained, git_revision
 from pipelines.manifest import NAME, Manifest
+from pipelines.plain import flatten, to_dict, to_yaml
 from pipelines.sample_plan import plan_samples
 from pipelines.sampling import SHEET, STRIP, draw_samples
 from pipelines.scoring import MAX_FEATURES, METRIC, Comparison, score

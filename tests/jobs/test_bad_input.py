@@ -13,9 +13,9 @@ from jobs import ingest, sample, score, train
 from jobs.presets import DIGITS
 from pipelines import checkpoints
 from pipelines.checkpoints import Checkpoint
-from pipelines.config import to_dict
 from pipelines.images import encode
 from pipelines.manifest import Manifest, Shard
+from pipelines.plain import to_dict
 from pipelines.storage import Folder
 from pipelines.training import claim, find_data
 from pipelines.world import World

@@ -5,9 +5,10 @@ import pytest
 
 from jobs.cli import parse
 from jobs.presets import PRESETS
-from pipelines.config import DrawConfig, SampleJob, TrainJob, file_as_flags, flatten, from_dict, to_dict, to_yaml
+from pipelines.config import DrawConfig, SampleJob, TrainJob
 from pipelines.errors import ConfigurationError
 from pipelines.fit import FitConfig
+from pipelines.plain import file_as_flags, flatten, from_dict, to_dict, to_yaml
 
 
 @pytest.mark.parametrize("preset", PRESETS)

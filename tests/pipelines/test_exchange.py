@@ -16,9 +16,10 @@ from models.noise import normal
 from models.objective import ObjectiveConfig
 from models.schedule import ScheduleConfig
 from pipelines import checkpoints, exchange
-from pipelines.config import SampleJob, TrainJob, to_dict
+from pipelines.config import SampleJob, TrainJob
 from pipelines.errors import ConfigurationError, DataError
 from pipelines.lineage import Imported, Trained
+from pipelines.plain import to_dict
 from pipelines.sample_plan import plan_samples
 from pipelines.storage import Folder
 from pipelines.training import export

@@ -14,9 +14,10 @@ from jobs.presets import DIGITS
 from models.network import NetworkConfig
 from models.objective import ObjectiveConfig
 from pipelines import checkpoints
-from pipelines.config import DrawConfig, SampleJob, TrainJob, to_dict
+from pipelines.config import DrawConfig, SampleJob, TrainJob
 from pipelines.errors import ConfigurationError
 from pipelines.images import decode
+from pipelines.plain import to_dict
 from pipelines.sample_plan import WHAT_A_SAMPLE_DEPENDS_ON, SamplePlan, check_claim, identity, plan_samples
 from pipelines.sampling import DrawShard
 from pipelines.storage import Folder

@@ -17,12 +17,13 @@ from models.schedule import article
 from models.unet import UNet
 from pipelines import checkpoints
 from pipelines.checkpoints import Checkpoint
-from pipelines.config import DrawConfig, SampleJob, ScoreJob, to_dict
+from pipelines.config import DrawConfig, SampleJob, ScoreJob
 from pipelines.digits import write_digits
 from pipelines.errors import ConfigurationError, DataError
 from pipelines.fit import new_state
 from pipelines.images import decode
 from pipelines.ingest import IngestConfig, IngestPlan, ingest
+from pipelines.plain import to_dict
 from pipelines.sample_plan import plan_samples
 from pipelines.sampling import draw_samples, dry_run, verify
 from pipelines.scoring import Moments, frechet_distance, pixel_features, score_job

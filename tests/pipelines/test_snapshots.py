@@ -12,10 +12,10 @@ from jobs.presets import DIGITS
 from models.ema import EMAConfig
 from models.network import NetworkConfig
 from pipelines import checkpoints, snapshots
-from pipelines.config import to_dict
 from pipelines.errors import ConfigurationError, DamagedError
 from pipelines.fit import State, fit
 from pipelines.lineage import Trained
+from pipelines.plain import to_dict
 from pipelines.storage import Folder
 from pipelines.world import World
 from tests.pipelines.helpers import ABOUT, FIT, TINY, VARIANTS, Ear, micro_batches, tiny_state
