@@ -14,7 +14,7 @@ def write_digits(folder: Folder) -> None:
 
     digits = load_digits()
     names = [f"{label}/{i:04d}.png" for i, label in enumerate(digits.target)]
-    present = {name for name, _ in folder.find()}
+    present = {found.name for found in folder.find()}
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]  # [1797, 8, 8, 1], 17 levels of grey
     for name, picture in zip(names, pixels, strict=True):
         if name not in present:

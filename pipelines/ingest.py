@@ -101,7 +101,7 @@ class IngestPlan:
             DataError: if it holds no images, or cannot be listed.
         """
         found = source.find()
-        images = [(path, size) for path, size in found if path.lower().endswith(SUFFIXES)]
+        images = [(path, size) for path, size, _ in found if path.lower().endswith(SUFFIXES)]
         if not images:
             raise DataError(
                 f"{source.url} holds no images: none of its {len(found)} files ends in {', '.join(SUFFIXES)}; check "

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 from urllib.parse import urlsplit
 
 import fsspec
@@ -26,6 +26,16 @@ FETCHERS = 16
 """Objects that are fetched at once."""
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)  # reading it is setting it
+
+
+class Stored(NamedTuple):
+    """An object that was found."""
+
+    name: str
+    """Relative to the folder."""
+    size_bytes: int
+    version: str
+    """Changes when the content does: the ETag of an object store, the time of the last change of a file."""
 
 
 def absolute(url: str) -> str:
@@ -120,6 +130,11 @@ class Folder:
         with _told(f"{self.url}/{name}"):
             return bytes(self.filesystem.cat_file(self.path(name)))
 
+    def get_range(self, name: str, start: int, stop: int) -> bytes:
+        """Return the bytes [start, stop) of an object."""
+        with _told(f"{self.url}/{name}"):
+            return bytes(self.filesystem.cat_file(self.path(name), start=start, end=stop))
+
     def get_many(self, names: list[str]) -> list[bytes]:
         """Return the bytes of several objects, fetched side by side."""
         with ThreadPoolExecutor(FETCHERS) as pool:
@@ -172,17 +187,28 @@ class Folder:
                 return []
         return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in found if path.rstrip("/") != self._root)
 
-    def find(self) -> list[tuple[str, int]]:
-        """Return the name and the size in bytes of every object below this folder, sorted by name."""
+    def find(self) -> list[Stored]:
+        """Return every object below this folder, sorted by name."""
         with _told(self.url):
             found = self.filesystem.find(self._root, detail=True)
-        return sorted((path.removeprefix(self._root).lstrip("/"), int(info["size"])) for path, info in found.items())
+        return sorted(
+            Stored(path.removeprefix(self._root).lstrip("/"), int(info["size"]), _version(info))
+            for path, info in found.items()
+        )
 
     def delete(self) -> None:
         """Remove the folder and all that is in it."""
         with _told(self.url):
             if self.filesystem.exists(self._root):
                 self.filesystem.rm(self._root, recursive=True)
+
+
+def _version(info: dict[str, Any]) -> str:
+    """Return what tells two contents of one name apart, in the words of the storage client."""
+    for word in ("ETag", "etag", "mtime", "md5Hash", "generation", "LastModified"):
+        if word in info:
+            return str(info[word]).strip('"')
+    return ""
 
 
 @contextlib.contextmanager

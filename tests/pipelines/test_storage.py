@@ -19,7 +19,7 @@ def test_what_is_put_is_got_and_listed(folder: Folder) -> None:
     folder.put("c.txt", b"three")
     assert folder.get("a/b.txt") == b"one"
     assert folder.names() == ["a", "c.txt"]
-    assert folder.find() == [("a/b.txt", 3), ("c.txt", 5)]
+    assert [found[:2] for found in folder.find()] == [("a/b.txt", 3), ("c.txt", 5)]
     assert (folder / "a").exists("b.txt") and not folder.exists("b.txt")
     folder.delete()
     assert folder.names() == []
