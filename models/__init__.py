@@ -38,6 +38,6 @@ recursion: x_{t-1} = (x_t - β_t ε_θ)/α_t                      :func:`models.
 … + σ_t z, σ_t = β_t                                          :func:`models.samplers.random`
 settings: α_t = √(1 - 0.02 t/T), log ᾱ_T < -0.005 (T+1)       :func:`models.schedule.article`
 … why α_t should fall                                         :func:`models.schedule.constant` beside it
-… t as sines and cosines, in every residual block             :func:`models.unet.sinusoidal`
+… t as sines and cosines, in every residual block             :func:`models.encoding.sinusoidal`
 ============================================================  =======================================================
 """

@@ -1,13 +1,13 @@
 """ε_θ: the Diffusion Transformer (Peebles and Xie, 2023), with t and the label in every block by adaLN-Zero."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.unet import zero
+from models.encoding import sinusoidal, with_label
+from models.init import zero
 
 FREQUENCIES = 256
 """Size of the sines and cosines of t, before the two layers that encode them."""
@@ -71,14 +71,8 @@ def unpatchify(tokens: Tensor, patch: int, rows: int) -> Tensor:
 
 
 def waves(number: Tensor, size: int) -> Tensor:
-    """sin(ω_i n), cos(ω_i n), ω_i = 10⁻⁴ to the power of i/(size/2): int64 [N] to float32 [N, size].
-
-    The U-Net's paper spaces the ω_i a little wider; these are the transformer's.
-    """
-    half = size // 2
-    omega = torch.exp(-math.log(10_000) / half * torch.arange(half, device=number.device))
-    angle = number[:, None].float() * omega
-    return torch.cat([angle.sin(), angle.cos()], dim=1)
+    """Return the transformer's sines and cosines of numbers: int64 [N] to float32 [N, size]."""
+    return sinusoidal(number, size, slowest=size // 2)
 
 
 def places(rows: int, columns: int, size: int, device: torch.device) -> Tensor:
@@ -165,13 +159,8 @@ class DiT(nn.Module):
         return unpatchify(self.out(modulated(h, shift, scale)), patch, rows)
 
     def _encode(self, t: Tensor, label: Tensor | None, dtype: torch.dtype) -> Tensor:
-        condition = self.time(waves(t - 1, FREQUENCIES).to(dtype))  # the paper counts t from 0
-        if self.label is not None:
-            label = torch.full_like(t, -1) if label is None else label
-            condition = condition + self.label(torch.where(label < 0, self.classes, label))
-        elif label is not None:
-            raise ValueError("label is given to a network without classes: pass none, or make it with classes")
-        return F.silu(condition)  # every block begins with it: once is enough
+        code = self.time(waves(t - 1, FREQUENCIES).to(dtype))  # the paper counts t from 0
+        return F.silu(with_label(code, self.label, t, label))  # every block begins with it: once is enough
 
 
 def linear(size_in: int, size_out: int, first_weights: str = "xavier") -> nn.Linear:

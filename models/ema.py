@@ -65,6 +65,7 @@ class EMA:
     @torch.no_grad()
     def update(self, model: nn.Module, images_seen: int, batch_images: int) -> None:
         """Move the averages after an optimizer step of ``batch_images`` that took the run to ``images_seen``."""
+        assert 0 < batch_images <= images_seen, (batch_images, images_seen)
         half_life = min(self.config.half_life_images, self.config.warm_up * images_seen)
         _move(self.shadow, model, keep=0.5 ** (batch_images / half_life))
         for std, shadow in self.power.items():

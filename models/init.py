@@ -19,6 +19,12 @@ def empty(make: Callable[[], M]) -> M:
     return model.to_empty(device="cpu")
 
 
+def zero(layer: nn.Module) -> nn.Module:
+    """Mark a layer to start at zero, so that its block starts as the identity."""
+    layer.starts_at_zero = True  # type: ignore[assignment]
+    return layer
+
+
 @torch.no_grad()
 def initialize(model: nn.Module, seed: int) -> None:
     """Fill every parameter of a model in place.

@@ -7,8 +7,9 @@ gets its name in `Kind`, its class in `EpsNetwork`, a field of :class:`NetworkCo
 """
 
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
+from models.choice import check_choice
 from models.dit import DiT, DiTConfig
 from models.unet import UNet, UNetConfig
 
@@ -31,8 +32,7 @@ class NetworkConfig:
     """Learn the labels too, so that samples can be asked for by label."""
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise ValueError(f"network.kind is {self.kind!r}; it must be one of {', '.join(get_args(Kind))}: try unet")
+        check_choice("network.kind", self.kind, Kind)
 
     @property
     def chosen(self) -> UNetConfig | DiTConfig:

@@ -11,6 +11,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from models.choice import check_choice
 from models.process import demolish, demolish_step, eps_from_v, eps_from_x_0
 from models.schedule import Schedule, at
 
@@ -38,6 +39,8 @@ class ObjectiveConfig:
     """The γ of min-snr: the SNR from which on cleaner pictures weigh no more (Hang et al., 2023)."""
 
     def __post_init__(self) -> None:
+        for name, words in (("loss", Loss), ("target", Target), ("weight", Weight)):
+            check_choice(f"fit.objective.{name}", getattr(self, name), words)
         if not self.gamma > 0:
             raise ValueError(f"fit.objective.gamma is {self.gamma}; it must be positive: try 5")
         if self.loss != "reduced" and self.weight == "min-snr":
@@ -91,7 +94,7 @@ def reduced_loss(eps_theta: EpsTheta, x_0: Tensor, t: Tensor, eps: Tensor, sched
 
 
 def target_loss(network: Network, target: Target, x_0: Tensor, t: Tensor, eps: Tensor, schedule: Schedule) -> Tensor:
-    """The reduced loss of a network that puts out x_0 or v, in the units of its target. float [B].
+    """The reduced loss in the units of what the network puts out, of ε for the article's. float [B].
 
     ‖ε - ε̂‖² is SNR_t times the error of x_0 and ᾱ_t² times that of v.
     """

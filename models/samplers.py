@@ -3,7 +3,7 @@
 Every sampler takes the network as a callable ε̂ and yields x at each index of the schedule, from x_T down to x_0, so
 that whoever wants the pictures on the way takes them and whoever wants the last takes the last (:func:`build`).
 Noise comes from a callable of the step, so that a sample is a function of its seed. Give a respaced schedule to take
-fewer, longer strides.
+fewer, longer strides. x_T and all that is yielded are float [B, C, H, W], of one dtype and on one device.
 
 None of them clips. Where pictures are known to lie in [-1, 1], wrap the network in :func:`clip_x_0`, once, outside.
 """
@@ -70,7 +70,12 @@ def ddim(eps_theta: EpsTheta, x_T: Tensor, schedule: Schedule, noise: Noise, eta
     """x_{t-1} = ᾱ_{t-1} x̂_0 + √(β̄_{t-1}² - σ_t²) ε̂ + σ_t z (Song, Meng and Ermon, 2021).
 
     σ_t is ``eta`` times that of :func:`posterior`: with η = 0 the walk is deterministic, with η = 1 it is posterior's.
+
+    Raises:
+        ValueError: unless 0 <= eta <= 1.
     """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}; it must lie in 0..1: try 0")
     sigma = eta * _posterior_sigma(schedule)
     x = x_T
     yield x
@@ -88,8 +93,9 @@ def heun(eps_theta: EpsTheta, x_T: Tensor, schedule: Schedule, noise: Noise) -> 
     """Heun's second-order steps along the probability-flow ODE, d(x/ᾱ)/d(β̄/ᾱ) = ε̂ (Karras et al., 2022).
 
     Two evaluations of the network a step, but one in the last, which ends where β̄ is 0: 2S - 1 in all. β̄/ᾱ is huge
-    where next to nothing of the picture is left (the cosine schedule, zero terminal SNR), and a few strides from there
-    overshoot: take many, or :func:`dpm_solver`.
+    where next to nothing of the picture is left (the cosine schedule, zero terminal SNR): a few strides from there
+    overshoot, and float32 loses digits (20 strides of the cosine schedule end 0.1 beside the same in float64). Take
+    many, or :func:`dpm_solver`.
     """
     x = x_T
     yield x

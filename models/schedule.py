@@ -8,6 +8,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from models.choice import check_choice
+
 MAX_STEPS = 100_000
 MOST_LEFT, LEAST_LEFT = 0.05, 1e-6
 """Bounds of ᾱ_T. Above, x_T is not the noise that building starts from; below, dividing by it ruins float32."""
@@ -35,6 +37,7 @@ class ScheduleConfig:
     """Stretch ᾱ so that nothing of the picture is left at T (Lin et al., 2024). Needs the target v or x_0."""
 
     def __post_init__(self) -> None:
+        check_choice("schedule.kind", self.kind, Kind)
         if not 1 <= self.T <= MAX_STEPS:
             raise ValueError(f"schedule.T is {self.T}; it must lie in 1..{MAX_STEPS}: try 1000")
         if not 0 < self.rate < 1:
@@ -130,17 +133,16 @@ class Schedule:
 
     def _spaced(self, steps: int, spacing: Spacing) -> Tensor:
         """Return where the strides would end if they could end between indices: float64 [steps+1]."""
+        check_choice("spacing", spacing, Spacing)
         share = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
         power = {"even": 1.0, "rising": 1.5, "quadratic": 2.0}
         if spacing in power:
             return share ** power[spacing] * self.steps
-        if spacing == "log-snr":
-            falling = self.log_snr[1:]
-            wanted = torch.linspace(float(falling[0]), float(falling[-1]), steps, dtype=torch.float64)
-            if steps == 1:
-                wanted = falling[-1:]
-            return torch.cat([share[:1], 1 + _where(falling, wanted)])
-        raise ValueError(f"spacing is {spacing!r}; it must be one of even, rising, quadratic, log-snr")
+        falling = self.log_snr[1:]
+        wanted = torch.linspace(float(falling[0]), float(falling[-1]), steps, dtype=torch.float64)
+        if steps == 1:
+            wanted = falling[-1:]
+        return torch.cat([share[:1], 1 + _where(falling, wanted)])
 
 
 def distinct(rising: Tensor, last: int) -> Tensor:

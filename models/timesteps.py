@@ -12,17 +12,18 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from models.choice import check_choice
 from models.noise import words
 from models.schedule import Schedule
 
 Kind: TypeAlias = Literal["stratified", "uniform", "loss-aware", "log-snr-normal"]
-MEMORY = 10
+REMEMBERED_LOSSES = 10
 """Observations of a t that its second moment remembers; and how many each t must have before the moments are used."""
 UNIFORM_SHARE = 0.01
 """Part of the loss-aware draws that is uniform, so that no weight exceeds 100."""
-FIXED_POINT, LARGEST = 2.0**40, 2.0**10
-"""Squared losses, up to the largest, are summed as integers of this scale: sums of integers do not depend on who adds
-first. Losses below 10⁻⁶ are not told from 0."""
+LARGEST = 2.0**10
+"""Of the squared losses that are told apart: a loss above 32, or one that is not a number, counts as 32. The weights
+stay what they must be for an unbiased mean; only the variance is then not the least."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,7 @@ class TimestepConfig:
     """Of log-snr-normal."""
 
     def __post_init__(self) -> None:
+        check_choice("fit.timesteps.kind", self.kind, Kind)
         if not self.log_snr_std > 0:
             raise ValueError(f"fit.timesteps.log_snr_std is {self.log_snr_std}; it must be positive: try 2.4")
 
@@ -63,6 +65,9 @@ class Timesteps:
                 "seen": torch.zeros(self.T, dtype=torch.int64, device=device),
             }
             self._observed = torch.zeros(2, self.T, dtype=torch.int64, device=device)  # Σ loss² in fixed point, count
+            # Sums of integers do not depend on who adds first. Of this scale, a batch of the largest losses at one t
+            # does not overflow, and losses down to 10⁻⁶ are told from 0 as long as the batch is below 4,096 images.
+            self._scale = 2.0 ** min(40, 62 - 10 - batch_images.bit_length())
         elif config.kind == "log-snr-normal":
             self._edges = edges(log_snr_normal(schedule, config.log_snr_mean, config.log_snr_std)).to(device)
 
@@ -85,7 +90,8 @@ class Timesteps:
     def observe(self, t: Tensor, losses: Tensor) -> None:
         """Take note of the losses of a micro-batch, float [B], before any weight of :meth:`draw`."""
         if self.config.kind == "loss-aware":
-            squared = (losses.detach().double().square().clamp(max=LARGEST) * FIXED_POINT).round().long()
+            squared = losses.detach().double().square().nan_to_num(nan=LARGEST).clamp(max=LARGEST)
+            squared = (squared * self._scale).round().long()
             self._observed.index_add_(1, t - 1, torch.stack([squared, torch.ones_like(squared)]))
 
     def learn(self, total: Callable[[Tensor], Tensor]) -> None:
@@ -99,8 +105,8 @@ class Timesteps:
         squared, count = total(self._observed)
         moment, seen = self.state["second_moment"], self.state["seen"]
         seen += count
-        mean = squared.double() / (FIXED_POINT * count.clamp(min=1))
-        share = count.double() / seen.clamp(1, MEMORY)  # at first of all that was seen, then of the last ones
+        mean = squared.double() / (self._scale * count.clamp(min=1))
+        share = count.double() / seen.clamp(1, REMEMBERED_LOSSES)  # at first of all seen, then of the last
         moment.lerp_(mean, share.clamp(max=1))
         self._observed.zero_()
         self.refresh()
@@ -110,7 +116,7 @@ class Timesteps:
         if not self.state:
             return
         self._edges = None
-        if int(self.state["seen"].min()) >= MEMORY:
+        if int(self.state["seen"].min()) >= REMEMBERED_LOSSES:
             # The distribution of least variance of the loss is ∝ √E[loss²] (Nichol and Dhariwal, 2021).
             moment = self.state["second_moment"]
             wanted = (
@@ -147,9 +153,8 @@ def stratified_by(edges: Tensor, seed: int, position: Tensor, batch_images: int)
 
 def edges(probability: Tensor) -> Tensor:
     """Return where each t ends on the way from 0 to 2³², int64 [T], for probabilities float64 [T]."""
-    end = (probability.cumsum(0) / probability.sum() * 2.0**32).round().long()
-    end[-1] = 1 << 32
-    return end
+    reached = probability.cumsum(0)
+    return (reached / reached[-1] * 2.0**32).round().long()
 
 
 def probabilities(edges: Tensor) -> Tensor:

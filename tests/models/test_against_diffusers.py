@@ -184,10 +184,11 @@ def test_walks_of_heun_agree(steps, spacing):
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # the peer's own np.array(tensor)
-@pytest.mark.parametrize("steps", [15, 20, 64])  # below 15 the peer falls back to first order in the last two steps
-def test_second_order_walks_agree(steps):
+@pytest.mark.parametrize("spacing", ["even", "rising"])
+@pytest.mark.parametrize("steps", [2, 5, 10, 20, 64])
+def test_second_order_walks_agree(steps, spacing):
     scheduler = peer(DPMSolverMultistepScheduler, algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint")
-    schedule, x = WHOLE.respaced(steps), start(torch.float32)
+    schedule, x = WHOLE.respaced(steps, spacing), start(torch.float32)
     scheduler.set_timesteps(timesteps=[t - 1 for t in times(schedule)])
     walk, theirs = list(dpm_solver(eps_theta, x, schedule, step_noise)), [x]
     for t in times(schedule):

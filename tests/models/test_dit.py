@@ -112,6 +112,15 @@ def test_the_sizes_of_the_paper_have_their_numbers_of_parameters(size, count, pu
     assert round((count + (config.width + 1) * 4 * 4) / 1e6) == published
 
 
+def test_the_sizes_of_the_paper_have_its_depths_widths_and_heads():
+    assert {name: (size.depth, size.width, size.heads) for name, size in SIZES.items()} == {
+        "S": (12, 384, 6),
+        "B": (12, 768, 12),
+        "L": (24, 1024, 16),
+        "XL": (28, 1152, 16),
+    }
+
+
 def test_a_fresh_network_predicts_zero():
     net = DiT(SMALL, 3, 8, classes=4)
     initialize(net, seed=0)

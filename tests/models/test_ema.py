@@ -179,7 +179,6 @@ def averages(path, batches, stds):
     return {std: ema.power[str(std)]["w"] for std in stds}
 
 
-@settings(deadline=None)
 @given(std=st.floats(0.01, 0.28))
 def test_a_width_gives_the_gamma_that_gives_the_width(std):
     gamma = gamma_of(std)
@@ -192,7 +191,7 @@ def test_known_pairs_of_width_and_gamma(std, gamma):
     assert gamma_of(std) == pytest.approx(gamma, abs=5e-3)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(batches=st.lists(st.integers(1, 5000), min_size=1, max_size=20), std=st.floats(0.01, 0.28))
 def test_a_power_average_is_the_integral_of_the_weights_under_the_profile(batches, std):
     path = drawn("path", len(batches), 3)

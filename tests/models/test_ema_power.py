@@ -43,7 +43,7 @@ def by_quadrature(snapshots, images, std):
     return profile_of(time, images, std) * root, np.stack(stored, axis=1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     times=st.lists(st.integers(1, 20), min_size=1, max_size=6, unique=True),
     stds=st.lists(st.sampled_from([0.03, 0.05, 0.10, 0.20]), min_size=2, max_size=3, unique=True),

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from models.noise import normal
@@ -18,7 +18,6 @@ WHOLE = article()
 TARGETS = ("eps", "x_0", "v", "article")
 LABEL = torch.tensor([0, 2, 1, 2])
 T = torch.tensor([1, 300, 700, 1000])
-quick = settings(deadline=None, derandomize=True, max_examples=50)
 
 
 def eps_of(x_t, t, label):
@@ -53,7 +52,6 @@ def test_the_scale_1_is_the_labels_own_and_0_is_that_of_no_label():
     assert torch.equal(guided(eps_of, LABEL, 0.0)(x_t, T), eps_of(x_t, T, none()))
 
 
-@quick
 @given(scale=st.floats(-2, 10))
 def test_any_other_goes_on_along_the_line_through_both(scale):
     x_t = pictures()
@@ -62,7 +60,6 @@ def test_any_other_goes_on_along_the_line_through_both(scale):
     torch.testing.assert_close(guided(eps_of, LABEL, scale)(x_t, T), expected, rtol=1e-12, atol=1e-12)
 
 
-@quick
 @given(target=st.sampled_from(TARGETS), scale=st.floats(-2, 10))
 def test_to_guide_a_target_is_to_guide_eps(target, scale):
     x_t = pictures()

@@ -94,8 +94,9 @@ def test_a_pipeline_loads_what_we_write_and_predicts_the_same(config, image_chan
 
 
 @pytest.mark.parametrize("make", [article, linear])
-@pytest.mark.parametrize("t", [1000, 500, 2])
-def test_its_step_is_ours(make, t, tmp_path, caplog):
+@pytest.mark.parametrize("tables", ["its own", "in float64"])
+@pytest.mark.parametrize("t", [1000, 500, 50, 2])
+def test_its_step_is_ours(make, tables, t, tmp_path, caplog):
     schedule, network = make(), fill(UNet(TINY, 1, 8))
     pipeline = loaded(written(tmp_path, network, 1, 8, schedule), caplog)
     x = pictures(1, 8)
@@ -104,12 +105,14 @@ def test_its_step_is_ours(make, t, tmp_path, caplog):
     next(walk)
     with torch.no_grad():
         ours, prediction = next(walk), pipeline.unet(x, t - 1).sample
-    # Its tables are float32, where 1 - ᾱ² has lost half of its digits near t = 1.
-    betas = torch.tensor(pipeline.scheduler.config.trained_betas, dtype=torch.float64)
-    pipeline.scheduler.alphas_cumprod = (1 - betas).cumprod(0)
+    if tables == "in float64":
+        betas = torch.tensor(pipeline.scheduler.config.trained_betas, dtype=torch.float64)
+        pipeline.scheduler.alphas_cumprod = (1 - betas).cumprod(0)
     generator = torch.Generator().manual_seed(3)
     theirs = pipeline.scheduler.step(prediction, t - 1, x, generator=generator).prev_sample
-    torch.testing.assert_close(ours, theirs.float(), rtol=1e-5, atol=1e-5)
+    # Its own tables are float32, where 1 - ᾱ² has lost half of its digits near t = 1.
+    tolerance = 1e-3 if tables == "its own" and t == 2 else 1e-5
+    torch.testing.assert_close(ours, theirs.float(), rtol=tolerance, atol=tolerance)
 
 
 def until(schedule, t):

@@ -6,16 +6,23 @@ from threading import Barrier
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from models.noise import normal
 from models.schedule import article
-from models.timesteps import MEMORY, UNIFORM_SHARE, TimestepConfig, Timesteps, edges, probabilities, stratified
+from models.timesteps import (
+    REMEMBERED_LOSSES,
+    UNIFORM_SHARE,
+    TimestepConfig,
+    Timesteps,
+    edges,
+    probabilities,
+    stratified,
+)
 
 T, BATCH = 20, 64
 EACH = torch.arange(1, T + 1)
-quick = settings(deadline=None, derandomize=True, max_examples=60)
 
 
 def new(kind="loss-aware", batch_images=BATCH, T=T):
@@ -34,7 +41,7 @@ def loss(t):
 
 def taught(batch_images=BATCH):
     timesteps = new(batch_images=batch_images)
-    timesteps.observe(EACH.repeat(MEMORY), loss(EACH.repeat(MEMORY)))
+    timesteps.observe(EACH.repeat(REMEMBERED_LOSSES), loss(EACH.repeat(REMEMBERED_LOSSES)))
     timesteps.learn(alone)
     return timesteps
 
@@ -53,7 +60,6 @@ def shares(timesteps, images=100_000):
     return t.bincount(minlength=T + 1)[1:].double() / images, of_t
 
 
-@quick
 @given(masses=st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=200))
 def test_ends_give_each_t_its_probability_to_the_last_of_32_bits(masses):
     wanted = torch.tensor(masses, dtype=torch.float64)
@@ -66,7 +72,7 @@ def test_ends_give_each_t_its_probability_to_the_last_of_32_bits(masses):
 def test_t_is_even_and_has_no_weight_until_each_was_seen_often_enough():
     timesteps = new()
     for t in range(1, T + 1):
-        seen = [MEMORY] * t + [MEMORY - 1] * (T - t)  # the last t is the last to be seen enough
+        seen = [REMEMBERED_LOSSES] * t + [REMEMBERED_LOSSES - 1] * (T - t)  # the last t is the last to be seen enough
         timesteps = new()
         often = EACH.repeat_interleave(torch.tensor(seen))
         timesteps.observe(often, loss(often))
@@ -85,7 +91,7 @@ def test_t_goes_where_the_root_of_the_squared_loss_is():
 
 def test_it_is_the_root_of_the_mean_square_not_the_mean():
     timesteps = new()
-    t = EACH.repeat(MEMORY)
+    t = EACH.repeat(REMEMBERED_LOSSES)
     losses = torch.where(torch.arange(len(t)) // T % 2 == 0, 0.0, 2.0)  # half the time 0, half the time 2 ...
     losses[t == 1] = 1.0  # ... and always 1: the same mean, and half the square
     timesteps.observe(t, losses)
@@ -107,7 +113,7 @@ def test_the_weights_make_up_for_the_draws_exactly():
 
 def test_no_weight_exceeds_the_inverse_of_the_uniform_share():
     timesteps = new()
-    t = EACH.repeat(MEMORY)
+    t = EACH.repeat(REMEMBERED_LOSSES)
     timesteps.observe(t, torch.where(t == 5, 1000.0, 0.0))
     timesteps.learn(alone)
     found, weight = shares(timesteps)
@@ -117,7 +123,7 @@ def test_no_weight_exceeds_the_inverse_of_the_uniform_share():
 
 def test_a_run_that_has_lost_nothing_goes_on_evenly():
     timesteps = new()
-    timesteps.observe(EACH.repeat(MEMORY), torch.zeros(T * MEMORY))
+    timesteps.observe(EACH.repeat(REMEMBERED_LOSSES), torch.zeros(T * REMEMBERED_LOSSES))
     timesteps.learn(alone)
     found, weight = shares(timesteps)
     assert (found - 1 / T).abs().max() < 2 / 100_000
@@ -137,7 +143,7 @@ def test_a_moment_is_the_mean_at_first_and_forgets_later():
         before = float(timesteps.state["second_moment"][1])
         timesteps.observe(torch.full((count,), 2), torch.full((count,), value))
         timesteps.learn(alone)
-        kept = 1 - min(count / MEMORY, 1) if count != 16 else 0.0
+        kept = 1 - min(count / REMEMBERED_LOSSES, 1) if count != 16 else 0.0
         expected = kept * before + (1 - kept) * value**2
         assert float(timesteps.state["second_moment"][1]) == pytest.approx(expected, rel=1e-6)
 
@@ -195,7 +201,7 @@ def assert_same(a, b):
 @pytest.mark.parametrize(("workers", "micro_images", "shuffled"), [(1, 64, 3), (2, 5, 0), (3, 1, 1), (8, 3, 2)])
 def test_what_is_learned_is_the_same_to_the_bit_on_any_workers_in_any_order(workers, micro_images, shuffled):
     one = run(workers=1)
-    assert int(one.state["seen"].min()) >= MEMORY  # so later steps drew where earlier losses sent them
+    assert int(one.state["seen"].min()) >= REMEMBERED_LOSSES  # so later steps drew where earlier losses sent them
     assert_same(run(workers, micro_images=micro_images, shuffled=shuffled), one)
 
 
@@ -255,3 +261,16 @@ def test_the_other_kinds_learn_nothing_and_ask_no_worker(kind):
     timesteps.learn(total)
     timesteps.refresh()
     assert all(torch.equal(a, b) for a, b in zip(timesteps.draw(1, batch(0)), before, strict=True))
+
+
+@pytest.mark.parametrize("batch_images", [128, 8192, 65_536])
+@pytest.mark.parametrize("loss", [1e4, math.inf, math.nan])
+def test_a_batch_of_enormous_losses_at_one_t_does_not_overflow(batch_images: int, loss: float) -> None:
+    timesteps = Timesteps(TimestepConfig(kind="loss-aware"), article(T, 0.6), batch_images, torch.device("cpu"))
+    timesteps.observe(torch.full((batch_images,), 3), torch.full((batch_images,), loss))
+    timesteps.observe(torch.arange(1, T + 1).repeat(REMEMBERED_LOSSES), torch.ones(T * REMEMBERED_LOSSES))
+    timesteps.learn(lambda observed: observed)
+    assert timesteps.state["second_moment"][2] == pytest.approx(1024, rel=0.1)
+    t, weight = timesteps.draw(0, torch.arange(batch_images))
+    assert weight.min() > 0 and weight.isfinite().all()
+    assert set(t.tolist()) == set(range(1, T + 1))

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from models.noise import normal
@@ -14,7 +14,6 @@ from models.schedule import article, at
 from tests.models.independent import SCHEDULES
 
 SCHEDULE = article()
-quick = settings(deadline=None, derandomize=True, max_examples=60)
 
 
 @pytest.fixture
@@ -110,7 +109,6 @@ def shares(t, schedule):
     ) ** 2
 
 
-@quick
 @given(
     name=st.sampled_from(list(SCHEDULES)),
     t=st.lists(st.integers(1, 100), min_size=3, max_size=3),
@@ -129,7 +127,6 @@ def test_the_article_s_rotation_is_one(name, t, seed):
     torch.testing.assert_close(seen[0], demolish(x_0, t, eps, schedule), rtol=1e-10, atol=1e-10)
 
 
-@quick
 @given(
     name=st.sampled_from(list(SCHEDULES)),
     t=st.lists(st.integers(1, 100), min_size=3, max_size=3),
@@ -160,7 +157,6 @@ def test_it_leaves_the_gradient_of_the_reduced_loss_too():
     torch.testing.assert_close(gradient(sum(both) / 2), gradient(scaled), rtol=1e-10, atol=0)
 
 
-@quick
 @given(
     name=st.sampled_from(list(SCHEDULES)),
     t=st.lists(st.integers(1, 100), min_size=3, max_size=3),

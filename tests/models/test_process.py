@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from models.noise import normal
@@ -20,7 +20,6 @@ from models.process import (
 from models.schedule import article
 from tests.models.independent import SCHEDULES
 
-quick = settings(deadline=None, derandomize=True, max_examples=60)
 SCHEDULE = article()
 
 
@@ -28,7 +27,6 @@ def image(value):
     return torch.full((1, 1, 1, 1), value, dtype=torch.float64)
 
 
-@quick
 @given(t=st.integers(1, 300))
 def test_t_single_steps_are_one_jump_in_distribution(t):
     # Every step is linear: x_t = m_t x_0 + Σ gains · noise. The picture passes with noise off, and the variance by
@@ -55,7 +53,6 @@ def test_a_picture_of_unit_variance_keeps_it_at_every_t():
     )
 
 
-@quick
 @given(
     t=st.integers(1, 1000),
     x_0=st.floats(-1, 1),
@@ -68,7 +65,6 @@ def test_noise_and_picture_are_found_again(t, x_0, eps):
     torch.testing.assert_close(eps_from_x_0(x_t, index, image(x_0), SCHEDULE), image(eps), rtol=0, atol=1e-11)
 
 
-@quick
 @given(
     t=st.integers(1, 1000),
     x_t=st.floats(-6, 6),
@@ -80,7 +76,6 @@ def test_the_conversions_invert_each_other(t, x_t, eps):
     torch.testing.assert_close(eps_from_x_0(image(x_t), index, x_0, SCHEDULE), image(eps), rtol=0, atol=1e-10)
 
 
-@quick
 @given(name=st.sampled_from(list(SCHEDULES)), t=st.integers(1, 100), x_t=st.floats(-6, 6), eps=st.floats(-6, 6))
 def test_noise_picture_and_velocity_turn_into_each_other(name, t, x_t, eps):
     schedule, index = SCHEDULES[name].tables(), torch.tensor([t])

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from models.schedule import ScheduleConfig, article, distinct
@@ -13,14 +13,12 @@ from tests.models.independent import SCHEDULES, alpha_bars, schedules
 
 TABLES = ("alpha", "beta", "alpha_bar", "beta_bar", "log_alpha_bar")
 SPACINGS = ("even", "rising", "quadratic", "log-snr")
-quick = settings(deadline=None, derandomize=True, max_examples=60)
 
 
 def close(a, b, rtol=1e-9):
     np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=rtol, atol=1e-13)
 
 
-@quick
 @given(data=st.data(), whole=schedules(), spacing=st.sampled_from(SPACINGS))
 def test_fewer_strides_walk_the_same_road(data, whole, spacing):
     steps = data.draw(st.integers(1, whole.steps), label="steps")
@@ -35,7 +33,6 @@ def test_fewer_strides_walk_the_same_road(data, whole, spacing):
     assert (few.log_snr.diff() < 0).all()
 
 
-@quick
 @given(data=st.data(), T=st.integers(1, 1500))
 def test_even_strides_end_at_the_nearest_integers(data, T):
     steps = data.draw(st.integers(1, T), label="steps")
@@ -71,7 +68,6 @@ def test_quadratic_strides_grow_with_t():
     assert all(abs(t - i * i * 0.4) <= 0.5 for i, t in enumerate(time) if i > 1)
 
 
-@quick
 @given(
     name=st.sampled_from([name for name, config in SCHEDULES.items() if config.T > 100]),
     steps=st.integers(2, 8),
@@ -136,7 +132,6 @@ def crowded(draw):
     return [0, *sorted(between), last], last
 
 
-@quick
 @given(crowded())
 def test_what_is_alike_is_pushed_apart_and_no_further(case):
     rising, last = case

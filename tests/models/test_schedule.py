@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from models import schedule as kinds
@@ -13,7 +13,6 @@ from models.schedule import article, at, constant, cosine, linear
 from tests.models.independent import SCHEDULES, alpha_bars, betas, schedules
 
 TABLES = ("alpha", "beta", "alpha_bar", "beta_bar")
-quick = settings(deadline=None, derandomize=True, max_examples=60)
 lengths = st.integers(1, 3000)
 
 
@@ -21,7 +20,6 @@ def close(a, b, rtol=1e-12):
     np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=rtol, atol=0)
 
 
-@quick
 @given(T=lengths, rate=st.floats(1e-4, 0.5))
 def test_the_schedule_is_the_articles(T, rate):
     schedule = article(T, rate)
@@ -29,7 +27,6 @@ def test_the_schedule_is_the_articles(T, rate):
     close(schedule.beta[1:], [math.sqrt(rate * t / T) for t in range(1, T + 1)])
 
 
-@quick
 @given(kind=st.sampled_from(["article", "linear", "constant", "cosine"]), T=lengths, rate=st.floats(1e-4, 0.5))
 def test_each_kind_has_the_betas_of_its_formula(kind, T, rate):
     schedule = cosine(T) if kind == "cosine" else getattr(kinds, kind)(T, rate)
@@ -39,7 +36,6 @@ def test_each_kind_has_the_betas_of_its_formula(kind, T, rate):
     close(schedule.alpha_bar[1:], np.sqrt(np.cumprod([1 - beta for beta in expected])), rtol=1e-9)
 
 
-@quick
 @given(given_betas=st.lists(st.floats(1e-4, 0.9), min_size=1, max_size=40))
 def test_given_betas_are_taken_as_they_are(given_betas):
     schedule = kinds.given(given_betas)
@@ -69,7 +65,6 @@ def test_the_cosine_is_half_way_where_its_paper_draws_it():
     assert (schedule.beta**2).max() <= 0.999 + 1e-12
 
 
-@quick
 @given(T=lengths, rate=st.floats(1e-4, 0.5))
 def test_the_constant_kind_spends_as_much_as_the_article(T, rate):
     same = constant(T, rate).beta[1:] ** 2
@@ -77,7 +72,6 @@ def test_the_constant_kind_spends_as_much_as_the_article(T, rate):
     close(same.sum(), (article(T, rate).beta ** 2).sum(), rtol=1e-9)
 
 
-@quick
 @given(schedule=schedules())
 def test_each_table_is_made_of_the_others(schedule):
     close(schedule.alpha**2 + schedule.beta**2, np.ones(schedule.steps + 1))
@@ -93,14 +87,12 @@ def test_alpha_bar_of_a_thousand_steps_is_the_known_one():
     assert round(float(article(1000).alpha_bar[-1]), 6) == 0.006482
 
 
-@quick
 @given(T=lengths)
 def test_alpha_bar_keeps_the_articles_bound(T):
     # log ᾱ_T = ½ Σ log(1 - 0.02 t/T) < -½ Σ 0.02 t/T = -0.005 (T + 1)
     assert math.log(article(T).alpha_bar[-1]) < -0.005 * (T + 1)
 
 
-@quick
 @given(schedule=schedules())
 def test_alpha_bar_of_any_kind_keeps_the_same_bound(schedule):
     # log(1 - β²) < -β², whatever the β².
@@ -126,7 +118,6 @@ def test_tables_are_float64_with_one_entry_more_than_there_are_steps(config):
     assert schedule.time.tolist() == list(range(config.T + 1))
 
 
-@quick
 @given(schedule=schedules(most=3000))
 def test_each_step_leaves_less_of_the_picture(schedule):
     signal_to_noise = (schedule.alpha_bar / schedule.beta_bar)[1:]

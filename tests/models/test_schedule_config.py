@@ -4,12 +4,10 @@ import math
 import re
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from models.schedule import LEAST_LEFT, MOST_LEFT, ScheduleConfig, article
-
-quick = settings(deadline=None, derandomize=True, max_examples=80)
 
 
 def refusal(**options):
@@ -65,7 +63,6 @@ def test_each_refusal_names_the_field_the_value_the_rule_and_the_way_out(options
     assert re.search(says, message), message
 
 
-@quick
 @given(
     kind=st.sampled_from(["article", "linear", "constant"]),
     T=st.one_of(st.integers(1, 40), st.integers(41, 3000)),
@@ -80,7 +77,6 @@ def test_the_rate_that_a_refusal_says_to_try_is_accepted(kind, T, rate):
         ScheduleConfig(kind=kind, T=T if way_out else 8, rate=float(way_out[1]) if way_out else 0.95)
 
 
-@quick
 @given(
     kind=st.sampled_from(["article", "linear", "cosine", "constant"]),
     T=st.integers(1, 1200),

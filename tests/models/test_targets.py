@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from models.noise import normal
@@ -26,7 +26,6 @@ SCHEDULE = article()
 TARGETS = ("eps", "x_0", "v", "article")
 WEIGHTS = ("simple", "article", "min-snr")
 T = torch.tensor([1, 30, 500, 1000])
-quick = settings(deadline=None, derandomize=True, max_examples=60)
 ALLOWED = [
     ObjectiveConfig(loss=loss, target=target, weight=weight, gamma=3.0)
     for loss, target, weight in itertools.product(("reduced", "two-noise", "reconstruction"), TARGETS, WEIGHTS)
@@ -66,7 +65,6 @@ def noise(stream):
     return normal(0, stream, torch.arange(4), (2, 3, 3)).double()
 
 
-@quick
 @given(
     schedule=st.sampled_from(list(SCHEDULES)).map(lambda kind: SCHEDULES[kind].tables()),
     t=st.lists(st.integers(1, 100), min_size=4, max_size=4).map(torch.tensor),
@@ -78,7 +76,6 @@ def test_every_target_of_one_prediction_is_that_prediction(schedule, t, target):
     torch.testing.assert_close(eps_theta(x_t, t), bent(x_t, t), rtol=1e-9, atol=1e-9)
 
 
-@quick
 @given(
     schedule=st.sampled_from(list(SCHEDULES)).map(lambda kind: SCHEDULES[kind].tables()),
     t=st.lists(st.integers(1, 100), min_size=4, max_size=4).map(torch.tensor),

@@ -18,7 +18,7 @@ def global_batch(s, batch_images):
     return torch.arange(s * batch_images, (s + 1) * batch_images)
 
 
-@settings(deadline=None, derandomize=True, max_examples=100)
+@settings(max_examples=100)
 @given(
     seed=st.integers(),
     s=st.integers(0, 1 << 40),
@@ -177,7 +177,7 @@ def test_a_distribution_that_is_even_gives_the_t_of_the_even_draws(T):
     assert torch.equal(stratified_by(even, 5, position, 48), stratified(5, position, 48, T))
 
 
-@settings(deadline=None, derandomize=True, max_examples=60)
+@settings(max_examples=60)
 @given(
     seed=st.integers(),
     batch_images=st.integers(1, 300),

@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from models.encoding import sinusoidal
 from models.init import initialize
 from models.noise import normal
-from models.unet import Downsample, ResidualBlock, SelfAttention, Stage, UNet, UNetConfig, Upsample, sinusoidal
+from models.unet import Downsample, ResidualBlock, SelfAttention, Stage, UNet, UNetConfig, Upsample
 
 SMALL = UNetConfig(channels=8, multipliers=(1, 2), blocks=1, attention=(4,), head_channels=4, groups=4)
 PAPER = UNetConfig(channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,), groups=32)
@@ -102,7 +103,7 @@ def test_the_prediction_depends_on_t_alone_when_the_picture_stays():
 
 
 def test_no_two_times_share_a_code():
-    code = sinusoidal(torch.arange(1001), 32)
+    code = sinusoidal(torch.arange(1001), 32, slowest=15)
     assert code.shape == (1001, 32)
     assert torch.cdist(code, code).fill_diagonal_(1).min() > 1e-2
 
@@ -111,14 +112,14 @@ def test_the_code_of_t_is_sines_and_cosines_of_falling_frequency():
     t, size = torch.tensor([0, 1, 7, 1000]), 6
     angles = torch.tensor([[t * 10_000 ** (-i / 2) for i in range(3)] for t in t.tolist()], dtype=torch.float64)
     expected = torch.cat([angles.sin(), angles.cos()], dim=1)
-    torch.testing.assert_close(sinusoidal(t, size).double(), expected, rtol=0, atol=2e-4)
+    torch.testing.assert_close(sinusoidal(t, size, slowest=2).double(), expected, rtol=0, atol=2e-4)
 
 
 def test_the_paper_counts_time_from_0():
     net, codes = awake(), []
     net.time.register_forward_pre_hook(lambda module, inputs: codes.append(inputs[0]))
     net(pictures(2), torch.tensor([1, 1000]))
-    assert torch.equal(codes[0], sinusoidal(torch.tensor([0, 999]), SMALL.channels))
+    assert torch.equal(codes[0], sinusoidal(torch.tensor([0, 999]), SMALL.channels, SMALL.channels // 2 - 1))
     assert codes[0][0].tolist() == [0.0] * 4 + [1.0] * 4
 
 
@@ -214,7 +215,9 @@ def test_a_label_is_added_to_the_encoding_of_t_before_the_last_activation():
     net, x, t, times = awake(classes=2), pictures(3), torch.tensor([1, 30, 900]), []
     net.middle.register_forward_pre_hook(lambda module, inputs: times.append(inputs[1]))
     net(x, t, torch.tensor([1, -1, 0]))
-    torch.testing.assert_close(times[0], F.silu(net.time(sinusoidal(t - 1, 8)) + net.label.weight[[1, 2, 0]]))
+    torch.testing.assert_close(
+        times[0], F.silu(net.time(sinusoidal(t - 1, 8, slowest=3)) + net.label.weight[[1, 2, 0]])
+    )
 
 
 @pytest.mark.parametrize(("label", "rows"), [([2, 2, 0], {0, 2}), ([1, -1, -1], {1, 4}), (None, {4})])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from models.noise import normal
@@ -14,7 +14,6 @@ from models.samplers import SAMPLERS, clip_x_0, sample
 from models.schedule import NOTHING_LEFT, ScheduleConfig, article, cosine, zero_terminal_snr
 from tests.models.independent import SCHEDULES, betas, column
 
-quick = settings(deadline=None, derandomize=True, max_examples=60)
 WHOLE = SCHEDULES["zero terminal"].tables()
 KINDS = [
     ("article", 1000, 0.02),
@@ -36,7 +35,6 @@ def test_the_stretch_is_the_peers_up_to_the_little_that_is_left(kind, T, rate):
     assert (ours - theirs).abs().max() <= 2.0**-12 + 1e-12
 
 
-@quick
 @given(T=st.integers(2, 2000), left=st.floats(1e-6, 0.5))
 def test_the_first_stays_and_the_last_is_nothing(T, left):
     before = article(T, min(-4 * np.log(left) / (T + 1), 0.9))

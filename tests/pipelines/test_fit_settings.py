@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from models.objective import ObjectiveConfig, Target
-from models.timesteps import MEMORY, TimestepConfig, Timesteps
+from models.timesteps import REMEMBERED_LOSSES, TimestepConfig, Timesteps
 from pipelines import checkpoints
 from pipelines.fit import FitConfig, fit, told_labels
 from pipelines.storage import Folder
@@ -60,7 +60,7 @@ def test_the_losses_of_the_run_steer_its_later_draws(digits: Digits) -> None:
     state = tiny_state(LOSS_AWARE.fit, variant=LOSS_AWARE)
     fit(LOSS_AWARE.fit, state, LOSS_AWARE.schedule, 0, micro_batches(digits[0], LOSS_AWARE.fit), Ear())
     assert state.timesteps.state["seen"].sum() == 384
-    assert state.timesteps.state["seen"].min() >= MEMORY
+    assert state.timesteps.state["seen"].min() >= REMEMBERED_LOSSES
     position = torch.arange(384, 384 + 3200)
     t, weight = state.timesteps.draw(0, position)
     evenly, _ = tiny_state(LOSS_AWARE.fit, variant=LOSS_AWARE).timesteps.draw(0, position)
