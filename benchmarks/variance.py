@@ -7,7 +7,7 @@ preset `digits`, at fixed weights, at several stages of its training. Each estim
 B = 128 images, one t each, one forward and one backward. Image, t and ε are functions of the position, and the same
 images and the same ε serve all rungs. The ladder:
 
-- ``two-noise``: the article's loss of two noises, t uniform. It has other weights than the reduced loss and a constant
+- ``two-noise, rescaled``: the article's loss of two noises, t uniform. It has other weights than the reduced loss and a constant
   beside it, so as it stands the two cannot be compared. From E two-noise = (β_t²/β̄_t²) reduced + α_t² β̄_{t-1}²/β̄_t²
   it is brought to the same expectation: times β̄_t²/β_t², less the constant;
 - ``reduced``: the article's last loss, t uniform;
@@ -15,14 +15,14 @@ images and the same ε serve all rungs. The ladder:
 - ``loss-aware``: the same, t drawn in proportion to √E loss², in strata of equal probability, and weighed to make up
   for it. It has learned the losses of the weights at hand from 51,200 images that are not counted.
 
-So that nothing is flattered by the rescaling, two more, of the same expectation up to the constant, stand below:
+So that nothing is flattered by the rescaling, two more, of the same expectation up to the constant, stand beside:
 
 - ``two-noise as written``: unscaled;
 - ``reduced, so weighed``: the reduced loss times β_t²/β̄_t².
 
 Told are the variance of the batch's loss over its squared mean, and the trace of the covariance of the batch's gradient
 over the squared norm of its mean. The mean is that of ``stratified`` for the ladder and of ``reduced, so weighed`` for
-the two below; only the loss of ``two-noise as written`` is over its own mean, in which the constant is most of it.
+the two beside it; only the loss of ``two-noise as written`` is over its own mean, in which the constant is most of it.
 Brackets are 95 % intervals from a bootstrap over the batches. ``apart`` says whether a rung estimates the same
 gradient: the squared distance of the two means, over what independent estimates of one gradient would show. It is about
 1 or less, as the rungs share images and ε. Last comes where the variance of ``reduced`` is from: t, ε when the images
@@ -112,17 +112,24 @@ class Rung(NamedTuple):
 
 
 LADDER = {
-    "two-noise": Rung(two_noise, "uniform", "stratified"),
+    "two-noise, rescaled": Rung(two_noise, "uniform", "stratified"),
     "reduced": Rung(reduced, "uniform", "stratified"),
     "stratified": Rung(reduced, "stratified", "stratified"),
     "loss-aware": Rung(reduced, "loss-aware", "stratified"),
 }
-NAMES = ("two-noise\nt uniform", "reduced\nt uniform", "reduced\nt stratified", "reduced\nt loss-aware")
-"""Of the ladder, for the picture."""
 AS_WRITTEN = {
     "two-noise as written": Rung(as_written, "uniform", "reduced, so weighed"),
     "reduced, so weighed": Rung(reduced_so_weighed, "uniform", "reduced, so weighed"),
 }
+NAMES = (
+    "two-noise\nas written",
+    "reduced in\nits weights",
+    "two-noise\nrescaled",
+    "reduced",
+    "reduced\nstratified t",
+    "reduced\nloss-aware t",
+)
+"""Of both, for the picture: the first two are weighed alike, and so are the last four."""
 
 
 @dataclass(frozen=True)
@@ -259,13 +266,14 @@ def plot(rows: list[Row], path: Path) -> None:
     """Draw the ladder: relative variances with their intervals, one colour for each mark."""
     from matplotlib.figure import Figure  # no pyplot: nothing global, and no window
 
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = Figure(figsize=(13, 4.8), layout="constrained")
+    shown = [*AS_WRITTEN, *LADDER]
     marks = sorted({row.images for row in rows})
     for panel, what in zip(figure.subplots(1, 2), ("loss", "gradient"), strict=True):
         for i, images in enumerate(marks):
-            here = [next(row for row in rows if (row.images, row.rung) == (images, name)) for name in LADDER]
+            here = [next(row for row in rows if (row.images, row.rung) == (images, name)) for name in shown]
             value, low, high = (np.array([getattr(row, what + end) for row in here]) for end in ("", "_low", "_high"))
-            x, colour = np.arange(len(LADDER)) + 0.16 * (i - (len(marks) - 1) / 2), f"C{i}"
+            x, colour = np.arange(len(shown)) + 0.16 * (i - (len(marks) - 1) / 2), f"C{i}"
             label = f"after {images:,} images"
             panel.errorbar(x, value, [value - low, high - value], fmt="o", color=colour, capsize=3, label=label)
             for place, top, number in zip(x, high, value, strict=True):
@@ -274,7 +282,8 @@ def plot(rows: list[Row], path: Path) -> None:
                                ha="center", va="bottom", fontsize=8, color=colour)  # fmt: skip
         panel.margins(y=0.16)
         panel.set_yscale("log")
-        panel.set_xticks(range(len(LADDER)), NAMES)
+        panel.set_xticks(range(len(shown)), NAMES, fontsize=8)
+        panel.axvline(len(AS_WRITTEN) - 0.5, color="grey", linewidth=0.8)
         panel.grid(axis="y", alpha=0.4)
     loss, gradient = figure.axes
     loss.set_title(f"the loss of {B} images: variance over squared mean")
