@@ -24,7 +24,8 @@ from benchmarks.common import CHUNK_ROWS, WINDOW_CHUNKS, spread
 from jobs.presets import DIGITS
 from pipelines.cluster import cluster
 from pipelines.digits import write_digits
-from pipelines.ingest import IngestPlan, ingest
+from pipelines.ingest import ingest
+from pipelines.ingest_plan import IngestPlan
 from pipelines.manifest import Manifest
 from pipelines.plan import Plan
 from pipelines.storage import Folder

@@ -16,7 +16,7 @@ from models.samplers import SAMPLERS, Sampler, ddim
 from models.schedule import ScheduleConfig, Spacing
 from pipelines.errors import ConfigurationError, checked
 from pipelines.fit import FitConfig
-from pipelines.ingest import IngestConfig
+from pipelines.ingest_plan import IngestConfig
 from pipelines.storage import Folder
 
 SamplerName = Literal["greedy", "random", "posterior", "ddim", "dpm-solver", "heun"]

@@ -9,7 +9,7 @@ from models.network import build
 from pipelines import checkpoints
 from pipelines.config import TrainJob
 from pipelines.digits import DIGITS, LABELS
-from pipelines.ingest import IngestPlan
+from pipelines.ingest_plan import IngestPlan
 from pipelines.storage import Folder
 from pipelines.tracking import reach, resolve_uri
 from pipelines.training import RUN, check_claim, check_labels, check_shape, data_source, find_data
@@ -24,14 +24,15 @@ def dry_run(job: TrainJob) -> dict[str, Any]:
     """
     if job.data.builtin == "digits" and not data_source(job).names():
         form = job.data.ingest
-        images, side, channels = DIGITS, form.side, int(form.channels)
+        side, channels = form.side, int(form.channels)
+        images: int | None = DIGITS  # None: only an ingest will tell
         check_labels(job, LABELS)
     else:
         _, data = find_data(job)
         manifest = data.finished() if isinstance(data, IngestPlan) else data
         if manifest and job.run.exists(RUN):
             check_claim(job, manifest)
-        images = len(data.paths) if isinstance(data, IngestPlan) else data.rows
+        images = data.images if isinstance(data, IngestPlan) else data.rows
         shape = data.config if isinstance(data, IngestPlan) else data
         side, channels = shape.side, int(shape.channels)
     check_shape(job, side, channels)
@@ -39,7 +40,7 @@ def dry_run(job: TrainJob) -> dict[str, Any]:
     return {
         "dry_run": True,
         "images_in_data": images,
-        "epochs": round(job.fit.images / images, 1),
+        "epochs": round(job.fit.images / images, 1) if images else None,
         "steps": job.fit.images // job.fit.batch_images,
         "starts_at": found[1].position if found else 0,
         "memory_per_worker_bytes": memory_per_worker(job, side, channels),

@@ -115,8 +115,7 @@ class DataShards:
 
     def __call__(self, shard: int) -> Pixels:
         start = sum(s.rows for s in self.manifest.shards[:shard])
-        pixels, _ = self.manifest.read(self.folder, np.arange(start, start + self.manifest.shards[shard].rows))
-        return pixels
+        return self.manifest.read(self.folder, np.arange(start, start + self.manifest.shards[shard].rows)).image
 
 
 @dataclass(frozen=True)

@@ -119,8 +119,8 @@ class ReadStretch:
             position = self.deal.positions(stretch)
             first = int(position[0])
             row = self.plan.rows(first, first + len(position))[position - first]
-            image, label = self.manifest.read(self.folder, row)
-            yield {"position": position, "row": row, "label": label, "image": image}
+            read = self.manifest.read(self.folder, row)
+            yield {"position": position, "row": read.row, "label": read.label, "image": read.image}
 
 
 def execution_options() -> ExecutionOptions:

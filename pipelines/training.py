@@ -22,7 +22,8 @@ from pipelines.config import SampleJob, TrainJob
 from pipelines.digits import write_digits
 from pipelines.errors import ConfigurationError, checked
 from pipelines.exchange import write_pipeline
-from pipelines.ingest import IngestPlan, ingest
+from pipelines.ingest import ingest
+from pipelines.ingest_plan import IngestPlan
 from pipelines.lineage import Trained, git_revision
 from pipelines.manifest import NAME, Manifest
 from pipelines.plain import flatten, to_dict, to_yaml
@@ -152,7 +153,8 @@ def find_data(job: TrainJob) -> tuple[Folder, Manifest | IngestPlan]:
         write_digits(source)
     out = data_folder(job)
     found = IngestPlan.make(source, out, job.data.ingest)
-    check_labels(job, found.labels)
+    if found.labels is not None:
+        check_labels(job, found.labels)
     return out, found
 
 
