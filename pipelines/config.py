@@ -44,6 +44,10 @@ class DataConfig:
     ingest: IngestConfig = field(default_factory=IngestConfig)
 
     def __post_init__(self) -> None:
+        if self.url and self.builtin != "none":
+            raise ConfigurationError(
+                f"data.url is {self.url} and data.builtin is {self.builtin}; only one can be: add --data.builtin none"
+            )
         if self.side < 0 or self.side > 4096:
             raise ConfigurationError(f"data.side is {self.side}; it must lie in 0..4096 pixels: try 0")
         if not 1 <= self.zoom <= 8:
@@ -67,14 +71,10 @@ class DataConfig:
             )
         if side and self.side > side:
             raise ConfigurationError(
-                f"data.side is {self.side}; the pictures of the data set are stored at {side} pixels, and it must be at "
-                f"most that: ingest them again with --ingest.side {self.side}"
+                f"data.side is {self.side}; the pictures of the data set are stored at {side} pixels, and it must be "
+                f"at most that: ingest them again with --ingest.side {self.side}"
             )
         return View(side=self.side or side, channels=channels, zoom=self.zoom)
-        if self.url and self.builtin != "none":
-            raise ConfigurationError(
-                f"data.url is {self.url} and data.builtin is {self.builtin}; only one can be: add --data.builtin none"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

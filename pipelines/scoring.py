@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 from pipelines.cluster import cluster
 from pipelines.config import ScoreJob
 from pipelines.errors import ConfigurationError, DataError
-from pipelines.images import Pixels
-from pipelines.images import View
+from pipelines.images import Pixels, View
 from pipelines.manifest import Manifest
 from pipelines.sampling import MANIFEST, SUCCESS, read_samples
 from pipelines.storage import Folder

@@ -31,7 +31,8 @@ from pipelines.errors import DataError
 from pipelines.images import Pixels, View
 from pipelines.manifest import BadRow, Manifest
 from pipelines.plan import Plan, uniforms
-from pipelines.storage import Folder, retries
+from pipelines.retries import retries
+from pipelines.storage import Folder
 
 BLOCK_BYTES = 1 << 20
 """Pixels in a block, in bytes, up to which batches are dealt together."""
@@ -150,9 +151,9 @@ class ReadWindow:
 
     def _quarantine(self, bad: list[BadRow], images: int) -> None:
         for one in bad:
-            self.folder.put(
-                f"{QUARANTINE}/{one.row:010d}.json", json.dumps(one._asdict(), ensure_ascii=False).encode()
-            )  # each time that it is met, the same
+            # By its row: met again, by another task or in another epoch, it is the same object.
+            said = json.dumps(one._asdict(), ensure_ascii=False)
+            self.folder.put(f"{QUARANTINE}/{one.row:010d}.json", said.encode())
         if len(bad) > self.max_bad_share * max(images, 1000):
             raise DataError(
                 f"{len(bad)} of {images} images are unusable, more than data.ingest.max_bad_share = "

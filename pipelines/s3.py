@@ -1,0 +1,100 @@
+"""The S3 client: s3fs, with the retries of this project in place of its own and botocore's.
+
+They sit where one HTTP request is sent, below all of s3fs: under ranges and listings, the parts of an upload, and what
+others (Ray, pyarrow) do with the same file system. A body is read to its end there, so half of one is never returned.
+"""
+
+import io
+import os
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+import fsspec
+from aiobotocore.awsrequest import AioAWSResponse
+from aiobotocore.httpsession import AIOHTTPSession
+from botocore.awsrequest import AWSPreparedRequest
+from botocore.exceptions import HTTPClientError, SSLError
+
+from pipelines.retries import OwnEchoError, TransientError, answer_s, check, patient
+
+CONNECT_S = 5.0
+CONNECTIONS = 64
+"""Open at once, per process."""
+
+
+class PatientSession(AIOHTTPSession):  # type: ignore[misc]
+    """Sends a request until it has an answer that means something.
+
+    Raises:
+        OwnEchoError: if a conditional write met its own earlier attempt, or another's.
+        TryAgainError: if the patience is used up.
+    """
+
+    async def send(self, request: AWSPreparedRequest) -> AioAWSResponse:
+        url = request.url.partition("?")[0]
+        async for attempt in patient(f"{request.method} {url}", urlsplit(url).netloc):
+            with attempt:
+                response = await self._send_once(request, url)
+        if response.status_code == 412 and attempt.retry_state.attempt_number > 1 and request.method != "GET":
+            raise OwnEchoError(request.url)
+        return response
+
+    async def _send_once(self, request: AWSPreparedRequest, url: str) -> AioAWSResponse:
+        request.reset_stream()
+        try:
+            response = await super().send(request)
+            body = await response.content
+        except SSLError:
+            raise  # a certificate does not get better
+        except (HTTPClientError, aiohttp.ClientError, TimeoutError) as error:
+            raise TransientError(f"does not answer: {error}") from error
+        check(url, response.status_code, b"" if request.stream_output and response.status_code < 300 else body)
+        response.raw = _Arrived(response.raw, body)
+        return response
+
+
+class _Arrived:
+    """A body in memory, in the place of a stream that delivers it."""
+
+    def __init__(self, raw: aiohttp.ClientResponse, body: bytes) -> None:
+        self.url, self.content, self._body = raw.url, _Content(body), body
+
+    async def read(self) -> bytes:
+        return self._body
+
+    def close(self) -> None:
+        pass
+
+
+class _Content(io.BytesIO):
+    async def read(self, size: int = -1) -> bytes:  # type: ignore[override]
+        return super().read(size)
+
+    def at_eof(self) -> bool:
+        return self.tell() == len(self.getbuffer())
+
+
+def filesystem() -> Any:
+    """Return the file system of this process for the endpoint that the environment names.
+
+    Credentials and region it finds by itself, as every client of S3 does. A private endpoint gets path style: botocore
+    does that for every endpoint it is given.
+    """
+    made = fsspec.filesystem(
+        "s3",
+        # Named here, though botocore would find it: file systems are kept by their options.
+        endpoint_url=os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None,
+        # Other processes write here too: what was listed a moment ago is not what is there.
+        use_listings_cache=False,
+        max_concurrency=1,  # else a whole object takes two requests, the first to learn its size
+        config_kwargs={
+            "http_session_cls": PatientSession,
+            "retries": {"mode": "standard", "total_max_attempts": 1},
+            "connect_timeout": CONNECT_S,
+            "read_timeout": answer_s(),
+            "max_pool_connections": CONNECTIONS,
+        },
+    )
+    made.retries = 1
+    return made
