@@ -8,8 +8,8 @@ B = 128 images, one t each, one forward and one backward. Image, t and ε are fu
 images and the same ε serve all rungs. The ladder:
 
 - ``two-noise, rescaled``: the article's loss of two noises, t uniform. It has other weights than the reduced loss and a
-  constant beside it, so as it stands the two cannot be compared. From E two-noise = (β_t²/β̄_t²) reduced + α_t² β̄_{t-1}²/β̄_t²
-  it is brought to the same expectation: times β̄_t²/β_t², less the constant;
+  constant beside it, so as it stands the two cannot be compared. From its expectation, (β_t²/β̄_t²) reduced +
+  α_t² β̄_{t-1}²/β̄_t², it is brought to that of the reduced loss: times β̄_t²/β_t², less the constant;
 - ``reduced``: the article's last loss, t uniform;
 - ``stratified``: the same, every batch covers 1..T evenly;
 - ``loss-aware``: the same, t drawn in proportion to √E loss², in strata of equal probability, and weighed to make up
