@@ -52,7 +52,7 @@ class IngestConfig:
     shard_rows: int = 0
     """Images per shard; 0 for about 64 MB."""
     row_group_rows: int = 0
-    """Rows that are read at once, and that stay together until the last shuffle; 0 for about 512 kB, 1 to 128 rows."""
+    """Rows that are read at once, and that stay together until the last shuffle; 0 for about 1 MB, 1 to 128 rows."""
     compression: Literal["none", "zstd"] = "none"
     """Of the shards. zstd makes drawings of raw much smaller, photographs hardly."""
     max_bad_share: float = 0.01
@@ -81,7 +81,7 @@ class IngestConfig:
     def form(self, mean_bytes: int) -> Form:
         """Return what images are made into, with rows chosen by their size; ``mean_bytes`` is that of a file."""
         pixels = self.side**2 * self.channels
-        row_bytes = {"raw": pixels, "png": pixels // 2, "jpeg": pixels // 4}.get(self.encoding, 0) or mean_bytes
+        row_bytes = {"raw": pixels, "png": pixels // 2, "jpeg": pixels // 4, "in-place": 1}.get(self.encoding) or mean_bytes
         group, shard = rows_for(row_bytes, self.row_group_rows, self.shard_rows)
         return Form(
             side=self.side,

@@ -204,7 +204,8 @@ class _Window:
         labels = column.combine_chunks()
         # A row group has a dictionary of its own: from its indices to ours; the last entry is for rows without label.
         index_of = np.array([self.index_of[name] for name in labels.dictionary.to_pylist()] + [-1])
-        self.label[here] = index_of[labels.indices.fill_null(-1).to_numpy(zero_copy_only=False)[within]]
+        indices = labels.indices.fill_null(-1) if labels.null_count else labels.indices
+        self.label[here] = index_of[indices.to_numpy()[within]]
 
     def _take_images(
         self, images: Any, here: NDArray[np.int64], within: NDArray[np.int64]

@@ -20,7 +20,7 @@ from pipelines.sources import Entry, Source
 from pipelines.storage import Folder, Stored
 
 RECORDS, DIGESTS = "records", "digests"
-GROUP_BYTES, MAX_GROUP_ROWS = 512 << 10, 128
+GROUP_BYTES, MAX_GROUP_ROWS = 1 << 20, 128
 SHARD_BYTES, MAX_SHARD_ROWS = 64 << 20, 8192
 """What a row group and a shard are made to hold, by an estimate, where their rows are not said."""
 
