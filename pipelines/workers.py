@@ -286,7 +286,9 @@ class Record:
     def _take(self, message: Message) -> None:
         match message:
             case Report(position, metrics):
-                self.last = {"loss": metrics["loss"], "images_per_s": round(metrics["images_per_s"], 1)}
+                self.last |= {"loss": metrics["loss"], "images_per_s": round(metrics["images_per_s"], 1)}
+                for name in ("images_replaced", "storage_retries"):
+                    self.last[name] = self.last.get(name, 0) + metrics[name]
                 self._progress.update(position, metrics)
                 self._tracker.metrics(metrics, position)
             case Picture(position, samples):
