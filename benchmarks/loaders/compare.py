@@ -10,10 +10,10 @@ round. Two decoders: ``full``, PIL as it is mostly used, and ``same``, the one o
 
 Told of a run: images per second of its epochs after the first, the turns of epochs included; of the first, from the
 opening of the loader on; CPU seconds of the tree per 1,000 images, after the first epoch; the peak of the tree's
-memory, looked at twice a second, a page that n processes share counted 1/n in each (PSS); seconds to the first batch from the
-opening of the loader (libraries imported, Ray's cluster started), and from the start of the process. The ceiling is the
-decoder alone, out of memory, in one process, times the workers. Ratios are taken within a round. ``--contestants`` and
-``--decoders`` choose; `plain`, a Ray Data pipeline without our stream, runs only when it is asked for.
+memory, looked at twice a second, a page that n processes share counted 1/n in each (PSS); seconds to the first batch,
+from the opening of the loader (libraries imported, Ray's cluster started) and from the start of the process. The
+ceiling is the decoder alone, out of memory, in one process, times the workers. Ratios are taken within a round.
+``--contestants`` and ``--decoders`` choose; `plain`, Ray Data without our stream, runs only when it is asked for.
 """
 
 import json

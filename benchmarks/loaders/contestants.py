@@ -95,6 +95,7 @@ def webdataset(url: str, decoder: Decoder, workers: int) -> Iterable[Any]:
     tars = listed(f"{url}/tars")
     if "://" in url:
         sign = '--aws-sigv4 "aws:amz:$AWS_DEFAULT_REGION:s3" --user "$AWS_ACCESS_KEY_ID:$AWS_SECRET_ACCESS_KEY"'
+        sign += " --header x-amz-content-sha256:UNSIGNED-PAYLOAD"
         tars = [f"pipe:curl -sf {sign} $AWS_ENDPOINT_URL/{tar.removeprefix('s3://')}" for tar in tars]
     pipeline = wds.WebDataset(tars, shardshuffle=len(tars)).shuffle(SHUFFLE)
     if decoder == "full":
@@ -122,8 +123,13 @@ def decoding(dataset: Any, decoder: Decoder, **settings: Any) -> Any:
 def litdata(url: str, decoder: Decoder, workers: int) -> Iterable[Any]:
     """LitData: its chunks of JPEG bytes, shuffled in its way. What comes from S3 is kept on the disk."""
     from litdata import StreamingDataLoader, StreamingDataset
+    from litdata.streaming import downloader
 
-    cache = {"cache_dir": f"{os.environ['CACHE']}/lit"} if "://" in url else {}
+    cache = {}
+    if "://" in url:
+        cache = {"cache_dir": f"{os.environ['CACHE']}/lit"}
+        # Its client refuses a server on loopback, which has no TLS, and no setting reaches that switch.
+        downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True
     rows = decoding(StreamingDataset, decoder, input_dir=f"{url}/lit", shuffle=True, drop_last=False, **cache)
     return StreamingDataLoader(rows, batch_size=BATCH, num_workers=workers, persistent_workers=True)
 
