@@ -12,9 +12,9 @@ Told of a run: images per second of its epochs after the first, the turns of epo
 opening of the loader on; CPU seconds of the tree per 1,000 images, after the first epoch; the peak of the tree's
 memory, looked at twice a second, a page that n processes share counted 1/n in each (PSS); seconds to the first batch,
 from the opening of the loader (libraries imported, Ray's cluster started) and from the start of the process. The
-ceiling is the decoder alone, out of memory, in one process, times the workers. Ratios are taken within a round; where other programs share the
-machine, CPU seconds over the decoder's are the ones to trust.
-``--contestants`` and ``--decoders`` choose; `plain`, Ray Data without our stream, runs only when it is asked for.
+ceiling is the decoder alone, out of memory, in one process, times the workers. Ratios are taken within a round; where
+other programs share the machine, CPU seconds over the decoder's are the ones to trust. ``--contestants`` and
+``--decoders`` choose; `plain`, Ray Data without our stream, runs only when it is asked for.
 """
 
 import json
@@ -135,9 +135,9 @@ def peak_bytes(process: subprocess.Popen[str]) -> int:
 
 def best_peers(settings: Settings, told: dict[Run, list[Told]], kind: str, decoder: Decoder) -> list[float]:
     """Return for each round the speed of the fastest peer that reads a kind of data."""
-    peers = [told[name, decoder] for name in settings.contestants if PEERS.get(name) == kind]
-    if decoder not in settings.decoders or not peers:
-        return []
+    peers = [
+        told[name, decoder] for name in settings.contestants if PEERS.get(name) == kind and (name, decoder) in told
+    ]
     return [max(run["images_per_s"] for run in of_a_round) for of_a_round in zip(*peers, strict=True)]
 
 

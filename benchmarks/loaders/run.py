@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 from benchmarks.loaders.tree import cpu_seconds
@@ -18,7 +18,7 @@ from benchmarks.loaders.tree import cpu_seconds
 SPAWNED = time.time()
 
 
-def endless(loader: Any) -> Iterator[Any]:
+def endless(loader: Any) -> Generator[Any, None, None]:
     """Yield the batches of one epoch after the other."""
     while True:
         yield from loader
@@ -47,6 +47,7 @@ def main() -> None:
             "ready_s": came - SPAWNED,
         }
         print(json.dumps(told), flush=True)
+        batches.close()  # while its cluster is still there: Ray's iterators would start another one to say goodbye
 
 
 def take(batches: Iterator[Any], images: int) -> int:
