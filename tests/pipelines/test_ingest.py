@@ -10,8 +10,10 @@ import pytest
 from pipelines.digits import write_digits
 from pipelines.errors import ConfigurationError, DataError, TryAgainError
 from pipelines.images import encode
-from pipelines.ingest import IngestConfig, IngestPlan, WriteShard, ingest
+from pipelines.ingest import ingest
+from pipelines.ingest_plan import IngestConfig, IngestPlan
 from pipelines.manifest import Manifest
+from pipelines.parts import WritePart
 from pipelines.storage import Folder
 
 pytestmark = pytest.mark.ray
@@ -27,6 +29,10 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     return folder
 
 
+def write(plan: IngestPlan, part: int) -> None:
+    WritePart(plan.source, plan.out, plan.form)(plan.part(part).row())
+
+
 def times(folder: Folder) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in Path(folder.path()).rglob("*") if path.is_file()}
 
@@ -37,7 +43,8 @@ def test_the_digits_come_through_whole(raw: Folder, folder: Folder, digits: Digi
     assert manifest.rows == 1797 and manifest.quarantined == 0
     assert manifest.labels == [str(i) for i in range(10)]
     assert manifest.label_counts == np.bincount(digits[1]).tolist()
-    pixels, labels = manifest.read(folder, np.arange(1797))
+    pixels, labels, rows, bad = manifest.read(folder, np.arange(1797))
+    assert np.array_equal(rows, np.arange(1797)) and not bad
     paths = [
         path
         for shard in manifest.shards
@@ -62,11 +69,11 @@ def test_a_killed_ingest_goes_on_where_it_was(raw: Folder, tmp_path: Path, ray_c
     whole = ingest(IngestPlan.make(raw, Folder(str(tmp_path / "whole")), CONFIG))
     out = Folder(str(tmp_path / "out"))
     plan = IngestPlan.make(raw, out, CONFIG)
-    WriteShard(plan)({"shard": 2})
-    out.put(plan.shard_name(1), b"a shard whose record was never written")
-    before = times(out)[plan.shard_name(2)]
+    write(plan, 2)
+    out.put("shard-000001-0000.parquet", b"a shard whose record was never written")
+    before = times(out)["shard-000002-0000.parquet"]
     assert ingest(plan).digest == whole.digest
-    assert times(out)[plan.shard_name(2)] == before
+    assert times(out)["shard-000002-0000.parquet"] == before
 
 
 @pytest.fixture
@@ -89,7 +96,7 @@ def test_a_bad_image_costs_itself(some: Folder, folder: Folder, ray_cluster: Non
 
 
 def test_too_many_bad_images_stop_the_job(some: Folder, folder: Folder, ray_cluster: None) -> None:
-    with pytest.raises(DataError, match=r"2 of 22 files are unusable, more than ingest.max_bad_share = 0.05"):
+    with pytest.raises(DataError, match=r"2 of 22 images are unusable, more than ingest.max_bad_share = 0.05"):
         ingest(IngestPlan.make(some, folder, replace(CONFIG, max_bad_share=0.05)))
     assert not folder.exists("manifest.json")
     assert len(folder.get("quarantine.jsonl").splitlines()) == 2
@@ -98,9 +105,9 @@ def test_too_many_bad_images_stop_the_job(some: Folder, folder: Folder, ray_clus
 def test_a_raised_share_goes_on_with_what_was_made(some: Folder, folder: Folder, ray_cluster: None) -> None:
     with pytest.raises(DataError):
         ingest(IngestPlan.make(some, folder, replace(CONFIG, max_bad_share=0.05)))
-    before = times(folder)["shard-000000.parquet"]
+    before = times(folder)["shard-000000-0000.parquet"]
     assert ingest(IngestPlan.make(some, folder, replace(CONFIG, max_bad_share=0.1))).rows == 20
-    assert times(folder)["shard-000000.parquet"] == before
+    assert times(folder)["shard-000000-0000.parquet"] == before
 
 
 def test_storage_that_fails_costs_no_image(raw: Folder, folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +117,7 @@ def test_storage_that_fails_costs_no_image(raw: Folder, folder: Folder, monkeypa
     plan = IngestPlan.make(raw, folder, CONFIG)
     monkeypatch.setattr(type(raw.filesystem), "cat_file", reset)
     with pytest.raises(TryAgainError, match="does not answer"):
-        WriteShard(plan)({"shard": 0})
+        write(plan, 0)
     assert folder.names() == []
 
 

@@ -29,7 +29,7 @@ def data(tmp_path_factory: pytest.TempPathFactory, digits: Digits) -> tuple[Fold
         table = pa.table(
             {
                 "image": [encode(picture, "raw") for picture in digits[0][rows]],
-                "label": pa.array(digits[1][rows], pa.int32()),
+                "label": [str(label) for label in digits[1][rows]],
                 "path": [str(row) for row in rows],
             }
         )
@@ -40,8 +40,8 @@ def data(tmp_path_factory: pytest.TempPathFactory, digits: Digits) -> tuple[Fold
         sha256 = hashlib.sha256(data).hexdigest()
         shards.append(Shard(name=f"{i}.parquet", rows=len(rows), size_bytes=len(data), sha256=sha256))
     manifest = Manifest(
-        side=8, channels=1, encoding="raw", row_group_rows=128, labels=[], label_counts=[], quarantined=0, source="",
-        shards=shards,
+        side=8, channels=1, encoding="raw", row_group_rows=128, labels=[str(i) for i in range(10)],
+        label_counts=np.bincount(digits[1]).tolist(), quarantined=0, source="", shards=shards,
     )  # fmt: skip
     manifest.save(folder)
     return folder, manifest
@@ -50,9 +50,10 @@ def data(tmp_path_factory: pytest.TempPathFactory, digits: Digits) -> tuple[Fold
 def test_rows_are_read_in_any_order_across_shards(data: tuple[Folder, Manifest], digits: Digits) -> None:
     folder, _ = data
     rows = np.random.default_rng(0).permutation(1797)[:700]
-    pixels, labels = Manifest.load(folder).read(folder, rows)
-    assert np.array_equal(pixels, digits[0][rows])
-    assert np.array_equal(labels, digits[1][rows])
+    read = Manifest.load(folder).read(folder, rows)
+    assert np.array_equal(read.image, digits[0][rows])
+    assert np.array_equal(read.label, digits[1][rows])
+    assert np.array_equal(read.row, rows)
 
 
 def consume(
