@@ -81,7 +81,9 @@ class IngestConfig:
     def form(self, mean_bytes: int) -> Form:
         """Return what images are made into, with rows chosen by their size; ``mean_bytes`` is that of a file."""
         pixels = self.side**2 * self.channels
-        row_bytes = {"raw": pixels, "png": pixels // 2, "jpeg": pixels // 4, "in-place": 1}.get(self.encoding) or mean_bytes
+        row_bytes = {"raw": pixels, "png": pixels // 2, "jpeg": pixels // 4, "in-place": 1}.get(
+            self.encoding
+        ) or mean_bytes
         group, shard = rows_for(row_bytes, self.row_group_rows, self.shard_rows)
         return Form(
             side=self.side,
