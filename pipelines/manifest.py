@@ -182,7 +182,8 @@ class _Window:
                 raise DamagedError(
                     f"{self.folder.url}/{shard.name} does not hold what the manifest says: {error!r}; ingest again"
                 ) from error
-        failed += self._take_files(files) if files else []
+        if files:
+            failed += self._take_files(files)
         for place, path, reason in failed:
             bad[int(self.row[place])] = BadRow(int(self.row[place]), path, reason)
         return np.array([place for place, _, _ in failed], np.int64)

@@ -11,6 +11,7 @@ import json
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import PurePosixPath
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -199,7 +200,10 @@ class Source:
             columns.append(self.label_column)
         names = _class_names(schema, self.label_column)
         row = 0
-        for batch in parquet.iter_batches(batch_size=16, columns=columns, use_threads=False):
+        for batch in chain.from_iterable(
+            parquet.iter_batches(batch_size=16, row_groups=[group], columns=columns, use_threads=False)
+            for group in range(parquet.num_row_groups)
+        ):
             images = batch.column(self.image_column)
             images = images.field("bytes") if inner else images
             labels = batch.column(self.label_column).to_pylist() if labelled else [None] * len(batch)

@@ -14,7 +14,8 @@ memory, looked at twice a second, a page that n processes share counted 1/n in e
 from the opening of the loader (libraries imported, Ray's cluster started) and from the start of the process. The
 ceiling is the decoder alone, out of memory, in one process, times the workers. Ratios are taken within a round; where
 other programs share the machine, CPU seconds over the decoder's are the ones to trust. ``--contestants`` and
-``--decoders`` choose; `plain`, Ray Data without our stream, runs only when it is asked for.
+``--decoders`` choose. Only when they are asked for run `ours_unordered`, our stream without its order; `ours_pixels`,
+out of shards of decoded pixels; and `plain`, Ray Data without our stream.
 """
 
 import json
@@ -41,9 +42,15 @@ ROOT = Path(__file__).parents[2]
 CEILING = "ceiling"
 PEERS = {"dataloader": "raw", "webdataset": "shards", "litdata": "shards", "mosaicml": "shards"}
 """What each of them reads: they are held against those that read the like."""
-OURS = {"shards": "shards", "plain": "shards"}
+OURS = {
+    "ours_raw": "raw",
+    "ours_shards": "shards",
+    "ours_unordered": "shards",
+    "ours_pixels": "shards",
+    "plain": "shards",
+}
 """Contestants of our own environment."""
-ONE_DECODER = ("shards",)
+ONE_DECODER = ("ours_raw", "ours_shards", "ours_unordered", "ours_pixels")
 """Those that cannot decode otherwise than `same`."""
 CEILING_IMAGES = 1024
 TIME_LIMIT_S = 180
@@ -62,7 +69,7 @@ class Settings:
     """The peers' virtual environment."""
     url: str | None = None
     """Where the pictures are read, if not in the folder: the s3:// URL that data.py copied them to."""
-    contestants: tuple[str, ...] = (CEILING, *PEERS, "shards")
+    contestants: tuple[str, ...] = (CEILING, *PEERS, "ours_raw", "ours_shards")
     decoders: tuple[Decoder, ...] = ("full", "same")
     epochs: int = 3
     """Length of a run, at least 2: the first is told by itself."""

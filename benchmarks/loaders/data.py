@@ -99,8 +99,9 @@ def main() -> None:
         write_parquet(folder / "raw", folder / "parquet")
     if not (folder / "mds").exists():
         run(settings.peers / "bin" / "python", "-m", "benchmarks.loaders.formats", str(folder))
-    shards = ["--source", f"{folder}/raw", "--out", f"{folder}/shards", "--ingest.side", str(SIDE)]
-    run(sys.executable, "jobs/ingest.py", *shards, "--ingest.shard-rows", str(PARQUET_ROWS))
+    for out, encoding, side in (("in-place", "in-place", 0), ("keep", "keep", 0), ("pixels", "raw", SIDE)):
+        words = ["--source", f"{folder}/raw", "--out", f"{folder}/{out}", "--ingest.encoding", encoding]
+        run(sys.executable, "-m", "jobs.ingest", *words, "--ingest.side", str(side))
     sizes = [path.stat().st_size for path in (folder / "raw").rglob("*.jpg")]
     print(f"{len(sizes)} JPEGs of {min(sizes)} to {max(sizes)} bytes, {sum(sizes) / 1e6:.0f} MB together, in {folder}")
     if settings.to:

@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipelines.images import View
+
 Decoder: TypeAlias = Literal["full", "same"]
 SIDE = 64
 """Height and width of what is trained on, in pixels."""
@@ -28,16 +30,8 @@ def fitted(image: Any) -> NDArray[np.uint8]:
     return np.array(resized.crop((left, top, left + SIDE, top + SIDE)))
 
 
-def same(data: bytes) -> NDArray[np.uint8]:
-    """Decode as our stream does: at the smallest scale that leaves enough pixels, crop and resize in one."""
-    with Image.open(io.BytesIO(data)) as image:
-        image.draft("RGB", (SIDE, SIDE))
-        width, height = image.size
-        cut = min(width, height)
-        left, top = (width - cut) / 2, (height - cut) / 2
-        box = (left, top, left + cut, top + cut)
-        small = image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
-    return np.array(small)
-
-
-DECODERS: dict[Decoder, Callable[[bytes], NDArray[np.uint8]]] = {"full": full, "same": same}
+DECODERS: dict[Decoder, Callable[[bytes], NDArray[np.uint8]]] = {
+    "full": full,
+    "same": View(side=SIDE, channels=3).of_file,
+}
+"""``same`` is our stream's own: at the smallest scale that leaves enough pixels, crop and resize in one."""

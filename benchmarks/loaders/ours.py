@@ -1,5 +1,6 @@
 """Our stream, and a plain Ray Data pipeline beside it: contestants of the project's own environment."""
 
+import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -8,15 +9,17 @@ from typing import Any
 import numpy as np
 import ray
 from numpy.typing import NDArray
+from ray.data import ExecutionOptions
 
-from benchmarks.common import CHUNK_ROWS, WINDOW_CHUNKS
 from benchmarks.loaders.contestants import BATCH, SHUFFLE
 from benchmarks.loaders.decoders import DECODERS, SIDE, Decoder
 from pipelines.cluster import cluster
+from pipelines.config import DataConfig
+from pipelines.images import View
 from pipelines.manifest import Manifest
-from pipelines.plan import Plan
+from pipelines.plan import Plan, window_batches
 from pipelines.storage import Folder
-from pipelines.stream import Deal, batches, open_stream
+from pipelines.stream import Deal, ReadWindow, batches, open_stream
 
 LONG = 2**17
 """Images of a run that outlasts every measurement."""
@@ -28,16 +31,44 @@ def ready(name: str) -> AbstractContextManager[Any]:
     return cluster()
 
 
-def shards(url: str, decoder: Decoder, workers: int) -> Iterable[Any]:
-    """Our stream of what jobs/ingest.py made."""
-    assert decoder == "same", decoder
-    folder = Folder(f"{url}/shards")
-    manifest = Manifest.load(folder)
+def open_ours(folder: str, ordered: bool = True) -> Iterable[Any]:
+    data = Folder(folder)
+    manifest, view = Manifest.load(data), View(side=SIDE, channels=3)
+    image_bytes, batch = math.prod(view.shape), 2 * BATCH
     # Two micro-batches in a batch, as where two workers train; both are taken here.
-    deal = Deal(start=0, stop=LONG, batch_images=2 * BATCH, micro_images=BATCH, image_bytes=3 * SIDE**2)
-    stream = open_stream(folder, manifest, Plan(0, manifest.rows, CHUNK_ROWS, WINDOW_CHUNKS), deal)
+    windows = window_batches(DataConfig().window_bytes, image_bytes, batch)
+    deal = Deal(
+        start=0, stop=LONG, batch_images=batch, micro_images=BATCH, window_batches=windows, image_bytes=image_bytes
+    )
+    plan = Plan(0, manifest.rows, manifest.row_group_rows, windows * batch)
+    read = ReadWindow(data, manifest, plan, deal, view, random_crop=False, max_bad_share=0.0)
+    stream = open_stream(read)
+    if not ordered:
+        stream.context.execution_options = ExecutionOptions()
     (shard,) = stream.streaming_split(1, equal=True)
-    return ((batch.image, batch.label) for batch in batches(shard, deal, 0, 1))
+    if ordered:
+        return ((batch.image, batch.label) for batch in batches(shard, deal, 0, 1))
+    return ((b["image"], b["label"]) for b in shard.iter_batches(batch_size=None, prefetch_batches=4))
+
+
+def ours_raw(url: str, decoder: Decoder, workers: int) -> Iterable[Any]:
+    """Our stream of raw files, where they are."""
+    return open_ours(f"{url}/in-place")
+
+
+def ours_shards(url: str, decoder: Decoder, workers: int) -> Iterable[Any]:
+    """Our stream of shards that hold the files as they were."""
+    return open_ours(f"{url}/keep")
+
+
+def ours_unordered(url: str, decoder: Decoder, workers: int) -> Iterable[Any]:
+    """The same, with the blocks in whatever order they are ready: what the deterministic order costs."""
+    return open_ours(f"{url}/keep", ordered=False)
+
+
+def ours_pixels(url: str, decoder: Decoder, workers: int) -> Iterable[Any]:
+    """Our stream of shards that hold pixels of the training size: nothing is left to decode."""
+    return open_ours(f"{url}/pixels")
 
 
 class plain:  # noqa: N801  (called like the other contestants)

@@ -215,7 +215,7 @@ def test_a_truncated_image_among_good_ones(
         ingest.main, "--source", raw.url, "--out", str(tmp_path / "out"), "--ingest.side", "8", "--ingest.channels", "1"
     )
     assert (code, said["images"], said["quarantined"]) == (0, 150, 1)
-    assert "1 of 151 files are unusable" in err
+    assert "1 images are left out; see" in err
     assert json.loads(Folder(str(tmp_path / "out")).get("quarantine.jsonl"))["path"] == "bad.png"
 
 

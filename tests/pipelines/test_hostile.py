@@ -6,15 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipelines import ingest as module
 from pipelines.images import BadImageError, View, read_picture
 from pipelines.ingest import ingest
 from pipelines.ingest_plan import IngestConfig, IngestPlan
 from pipelines.manifest import Manifest
-from pipelines.parts import do
 from pipelines.storage import Folder
 from tests.pipelines.hostile import Case, bad, good, write_hostile
 
@@ -25,12 +24,6 @@ pytestmark = [  # Pillow warns of what it then passes over, or refuses
 
 CONFIG = IngestConfig(side=32, encoding="raw", max_bad_share=0.5)
 KEPT = replace(CONFIG, side=0, encoding="keep")
-
-
-@pytest.fixture
-def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the tasks run in this process: what they do is the same."""
-    monkeypatch.setattr(module, "do", lambda parts, task, on_cluster: do(parts, task, False))
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +115,6 @@ def test_in_place_a_bad_file_is_replaced_by_the_next_good_one(
 
 
 def paths(folder: Folder, manifest: Manifest) -> list[str]:
-    import pyarrow.parquet as pq
-
     return [
         path
         for shard in manifest.shards
