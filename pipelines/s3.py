@@ -4,6 +4,7 @@ They sit where one HTTP request is sent, below all of s3fs: under ranges and lis
 others (Ray, pyarrow) do with the same file system. A body is read to its end there, so half of one is never returned.
 """
 
+import asyncio
 import io
 import os
 from typing import Any
@@ -14,11 +15,14 @@ import fsspec
 from aiobotocore.awsrequest import AioAWSResponse
 from aiobotocore.httpsession import AIOHTTPSession
 from botocore.awsrequest import AWSPreparedRequest
+from botocore.exceptions import ConnectionError as UnreachableError
 from botocore.exceptions import HTTPClientError, SSLError
 
-from pipelines.retries import OwnEchoError, TransientError, answer_s, check, patient
+from pipelines.retries import TransientError, answer_s, check, patient
 
 CONNECT_S = 5.0
+SLOWEST = 100_000
+"""Bytes per second of an upload that is still alive; the time-out of the client begins when all is sent."""
 CONNECTIONS = 64
 """Open at once, per process."""
 
@@ -27,7 +31,6 @@ class PatientSession(AIOHTTPSession):  # type: ignore[misc]
     """Sends a request until it has an answer that means something.
 
     Raises:
-        OwnEchoError: if a conditional write met its own earlier attempt, or another's.
         TryAgainError: if the patience is used up.
     """
 
@@ -36,19 +39,26 @@ class PatientSession(AIOHTTPSession):  # type: ignore[misc]
         async for attempt in patient(f"{request.method} {url}", urlsplit(url).netloc):
             with attempt:
                 response = await self._send_once(request, url)
-        if response.status_code == 412 and attempt.retry_state.attempt_number > 1 and request.method != "GET":
-            raise OwnEchoError(request.url)
         return response
+
+    async def _get_session(self, proxy_url: str | None) -> aiohttp.ClientSession:
+        session: aiohttp.ClientSession = await super()._get_session(proxy_url)
+        session._retry_connection = False  # aiohttp would ask once again by itself, and count nothing
+        return session
 
     async def _send_once(self, request: AWSPreparedRequest, url: str) -> AioAWSResponse:
         request.reset_stream()
+        # To wait for leave to send a body would have no end where a server is silent; nobody signs this header.
+        request.headers.pop("Expect", None)
         try:
-            response = await super().send(request)
+            async with asyncio.timeout(answer_s() + int(request.headers.get("Content-Length", 0)) / SLOWEST):
+                response = await super().send(request)
             body = await response.content
         except SSLError:
             raise  # a certificate does not get better
-        except (HTTPClientError, aiohttp.ClientError, TimeoutError) as error:
-            raise TransientError(f"does not answer: {error}") from error
+        except (HTTPClientError, UnreachableError, aiohttp.ClientError, TimeoutError) as error:
+            reason = getattr(error, "kwargs", {}).get("error") or error  # of botocore's errors, which are of few kinds
+            raise TransientError(f"does not answer as it should ({type(reason).__name__})") from error
         check(url, response.status_code, b"" if request.stream_output and response.status_code < 300 else body)
         response.raw = _Arrived(response.raw, body)
         return response

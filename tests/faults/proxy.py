@@ -90,7 +90,10 @@ class FaultProxy:
         await self._client.close()
 
     async def _serve(self, request: web.BaseRequest) -> web.StreamResponse:
-        sent = await request.read()
+        if request.headers.get("Expect", "").lower() == "100-continue":
+            assert request.transport is not None
+            request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        sent = await request.content.read()
         self.requests.append((request.method, request.raw_path))
         rule = next((rule for rule in self.rules if rule.meets(request.method, request.raw_path)), None)
         fault = rule.fault if rule else ""
@@ -108,6 +111,8 @@ class FaultProxy:
         if fault == "dropped":
             return _reset(request)
         answer = web.StreamResponse(status=status, headers=headers)
+        if request.transport is None or request.transport.is_closing():
+            return answer  # the client had no patience
         await answer.prepare(request)
         if fault == "truncated":
             await answer.write(body[: len(body) // 2])
