@@ -99,7 +99,7 @@ def patient(url: str, server: str) -> AsyncRetrying:
     def give_up(state: RetryCallState) -> None:
         raise TryAgainError(
             f"{url} {_kind(state)}, also when asked {state.attempt_number} times within {patience_s():g} s "
-            "(BRICKYARD_RETRY_S); run the same command later"
+            "(BRICKYARD_RETRY_S); check the address, or run the same command later"
         ) from _error(state)
 
     return AsyncRetrying(
