@@ -148,6 +148,10 @@ class Folder:
 
     def download(self, name: str, to: Path) -> None:
         """Copy an object to a file, in pieces: it may be larger than memory."""
+        if not self.filesystem.async_impl:
+            with self._told(name):
+                self.filesystem.get_file(self.path(name), str(to))
+            return
         with self._told(name), to.open("wb") as file:
             size = int(self.filesystem.info(self.path(name))["size"])
             pieces = [(start, min(start + PIECE_BYTES, size)) for start in range(0, size, PIECE_BYTES)]

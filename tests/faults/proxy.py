@@ -58,6 +58,8 @@ class FaultProxy:
         """By fault."""
         self.requests: list[tuple[str, str]] = []
         """Method and path with query of all that came."""
+        self.read_bytes = 0
+        """Of all bodies that the server answered with."""
         self.url = ""
         self._upstream = upstream
         self._loop = asyncio.new_event_loop()
@@ -130,6 +132,7 @@ class FaultProxy:
         url = URL(self._upstream + request.raw_path, encoded=True)
         async with self._client.request(request.method, url, headers=headers, data=body or None) as answer:
             read = await answer.read()
+            self.read_bytes += len(read)
             kept = [(key, value) for key, value in answer.headers.items() if key.lower() not in _OF_ONE_HOP]
             if request.method != "HEAD" and answer.status not in (204, 304):
                 kept = [(key, value) for key, value in kept if key.lower() != "content-length"]

@@ -111,6 +111,7 @@ def test_a_row_group_costs_the_footer_and_its_columns(
                 assert parquet.read_row_group(group, columns=["image", "label"]) == table.slice(group * 500, 500)
     assert opened == 2  # its size, its footer
     assert len(proxy.requests) == opened + 2
+    assert proxy.read_bytes < 3 * 500 * 3072  # of eight row groups
 
 
 def test_what_storage_refuses_is_told(s3: Folder, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
