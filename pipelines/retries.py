@@ -45,10 +45,6 @@ class TransientError(Exception):
     """An answer that may be another one later. The message says which."""
 
 
-class OwnEchoError(Exception):
-    """A write on the condition that nothing is there was asked again, and now something is: it may be our own."""
-
-
 def patience_s() -> float:
     """Return for how long one request may be asked again (BRICKYARD_RETRY_S)."""
     return float(os.environ.get("BRICKYARD_RETRY_S", "120"))
@@ -103,7 +99,7 @@ def patient(url: str, server: str) -> AsyncRetrying:
     def give_up(state: RetryCallState) -> None:
         raise TryAgainError(
             f"{url} {_kind(state)}, also when asked {state.attempt_number} times within {patience_s():g} s "
-            "(BRICKYARD_RETRY_S); run the same command later"
+            "(BRICKYARD_RETRY_S); check the address, or run the same command later"
         ) from _error(state)
 
     return AsyncRetrying(

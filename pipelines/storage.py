@@ -13,7 +13,6 @@ import os
 import tempfile
 import uuid
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +24,7 @@ from fsspec.asyn import sync
 from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.errors import ConfigurationError
-from pipelines.retries import OwnEchoError, answers_head, error_code, explained
+from pipelines.retries import answers_head, error_code, explained
 
 FETCHERS = 16
 """Objects, or ranges of one, that are fetched at once."""
@@ -127,15 +126,11 @@ class Folder:
 
     def get(self, name: str) -> bytes:
         """Return the bytes of an object."""
-        with self._told(name):
-            return bytes(self.filesystem.cat_file(self.path(name)))
+        return self._fetch([(name, None, None)])[0]
 
     def get_range(self, name: str, start: int, stop: int) -> bytes:
         """Return the bytes [start, stop) of an object, fewer where it ends before."""
-        if start >= stop:
-            return b""  # of an empty range some servers make the whole object
-        with self._told(name):
-            return bytes(self.filesystem.cat_file(self.path(name), start=start, end=stop))
+        return self.get_ranges(name, [(start, stop)])[0]
 
     def get_many(self, names: list[str]) -> list[bytes]:
         """Return the bytes of several objects in the order asked for, fetched side by side."""
@@ -153,6 +148,10 @@ class Folder:
 
     def download(self, name: str, to: Path) -> None:
         """Copy an object to a file, in pieces: it may be larger than memory."""
+        if not self.filesystem.async_impl:
+            with self._told(name):
+                self.filesystem.get_file(self.path(name), str(to))
+            return
         with self._told(name), to.open("wb") as file:
             size = int(self.filesystem.info(self.path(name))["size"])
             pieces = [(start, min(start + PIECE_BYTES, size)) for start in range(0, size, PIECE_BYTES)]
@@ -160,31 +159,33 @@ class Folder:
                 file.writelines(self.get_ranges(name, pieces[first : first + FETCHERS // 2]))
 
     def _fetch(self, parts: list[Part]) -> list[bytes]:
-        if not self.filesystem.async_impl:
-            with ThreadPoolExecutor(FETCHERS) as pool:
-                return list(pool.map(self._fetch_one, parts))
+        client = self.filesystem
+        if not client.async_impl:  # a file: threads would cost three times the CPU and gain nothing
+
+            def read(name: str, start: int | None, stop: int | None) -> bytes:
+                with self._told(name):
+                    return b"" if _is_nothing(start, stop) else bytes(client.cat_file(self.path(name), start, stop))
+
+            return [read(*part) for part in parts]
+
+        gate = asyncio.Semaphore(FETCHERS)
+
+        async def fetch(name: str, start: int | None, stop: int | None) -> bytes:
+            async with gate:
+                with self._told(name):
+                    if _is_nothing(start, stop):
+                        return b""
+                    return bytes(await client._cat_file(self.path(name), start=start, end=stop))
 
         async def together() -> list[bytes]:
-            gate = asyncio.Semaphore(FETCHERS)
-
-            async def one(part: Part) -> bytes:
-                name, start, stop = part
-                async with gate:
-                    with self._told(name):
-                        return bytes(await self.filesystem._cat_file(self.path(name), start=start, end=stop))
-
-            tasks = [asyncio.ensure_future(one(part)) for part in parts]
+            tasks = [asyncio.ensure_future(fetch(*part)) for part in parts]
             try:
                 return await asyncio.gather(*tasks)
             finally:
                 for task in tasks:  # after an error nobody waits for the others
                     task.cancel()
 
-        return sync(self.filesystem.loop, together)  # type: ignore[no-any-return]
-
-    def _fetch_one(self, part: Part) -> bytes:
-        name, start, stop = part
-        return self.get(name) if start is None or stop is None else self.get_range(name, start, stop)
+        return sync(client.loop, together)  # type: ignore[no-any-return]
 
     def put(self, name: str, data: bytes) -> None:
         """Write an object, whole or not at all, over whatever had its name."""
@@ -207,16 +208,12 @@ class Folder:
                         os.link(written, self.path(name))
                 else:
                     self.filesystem.pipe_file(self.path(name), data, mode="create", **self._upload(mark))
-            except FileExistsError:
-                return False
-            except OwnEchoError:
-                # An earlier attempt may have come through, and only its answer been lost: the object says whose it is.
-                return bool(self.filesystem.metadata(self.path(name)).get("writer") == mark)
             except OSError as error:
-                # What s3fs makes of the server's "412 Precondition Failed".
-                if error.errno == errno.EINVAL and self.exists(name):
-                    return False
-                raise
+                # EINVAL is what s3fs makes of the server's "412 Precondition Failed".
+                if not isinstance(error, FileExistsError) and not (error.errno == errno.EINVAL and self.exists(name)):
+                    raise
+                # What is there may be ours: written by an attempt whose answer was lost.
+                return self._is_s3 and self.filesystem.metadata(self.path(name)).get("writer") == mark
             return True
 
     def _upload(self, mark: str = "") -> dict[str, Any]:
@@ -260,6 +257,11 @@ class Folder:
                 raise
         except Exception as error:  # every storage client has exceptions of its own
             raise explained(url, error) from error
+
+
+def _is_nothing(start: int | None, stop: int | None) -> bool:
+    """Whether a range is empty: asked for one, some servers answer with the whole object."""
+    return start is not None and stop is not None and start >= stop
 
 
 @contextlib.contextmanager

@@ -53,8 +53,6 @@ def free_ports(several: int) -> int:
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The endpoint of a real S3 server with an empty bucket `yard`; the environment of this process knows it."""
-    import fsspec
-
     from pipelines.s3 import filesystem
 
     script = Path(__file__).parents[1] / "infra" / "local" / "s3.sh"
@@ -66,7 +64,6 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         for name, value in re.findall(r"(AWS_\w+)=(\S+)", done.stdout):
             context.setenv(name, value)
         context.delenv("AWS_ENDPOINT_URL_S3", raising=False)
-        fsspec.filesystem("s3").clear_instance_cache()
         filesystem().mkdir("yard")
         yield os.environ["AWS_ENDPOINT_URL"]
     finally:

@@ -58,6 +58,8 @@ class FaultProxy:
         """By fault."""
         self.requests: list[tuple[str, str]] = []
         """Method and path with query of all that came."""
+        self.read_bytes = 0
+        """Of all bodies that the server answered with."""
         self.url = ""
         self._upstream = upstream
         self._loop = asyncio.new_event_loop()
@@ -90,7 +92,10 @@ class FaultProxy:
         await self._client.close()
 
     async def _serve(self, request: web.BaseRequest) -> web.StreamResponse:
-        sent = await request.read()
+        if request.headers.get("Expect", "").lower() == "100-continue":
+            assert request.transport is not None
+            request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        sent = await request.content.read()
         self.requests.append((request.method, request.raw_path))
         rule = next((rule for rule in self.rules if rule.meets(request.method, request.raw_path)), None)
         fault = rule.fault if rule else ""
@@ -108,6 +113,8 @@ class FaultProxy:
         if fault == "dropped":
             return _reset(request)
         answer = web.StreamResponse(status=status, headers=headers)
+        if request.transport is None or request.transport.is_closing():
+            return answer  # the client had no patience
         await answer.prepare(request)
         if fault == "truncated":
             await answer.write(body[: len(body) // 2])
@@ -125,6 +132,7 @@ class FaultProxy:
         url = URL(self._upstream + request.raw_path, encoded=True)
         async with self._client.request(request.method, url, headers=headers, data=body or None) as answer:
             read = await answer.read()
+            self.read_bytes += len(read)
             kept = [(key, value) for key, value in answer.headers.items() if key.lower() not in _OF_ONE_HOP]
             if request.method != "HEAD" and answer.status not in (204, 304):
                 kept = [(key, value) for key, value in kept if key.lower() != "content-length"]
