@@ -24,9 +24,9 @@ from benchmarks.common import spread
 from jobs.presets import DIGITS
 from pipelines.cluster import cluster
 from pipelines.digits import write_digits
+from pipelines.images import View
 from pipelines.ingest import ingest
 from pipelines.ingest_plan import IngestPlan
-from pipelines.images import View
 from pipelines.manifest import Manifest
 from pipelines.plan import Plan, window_batches
 from pipelines.storage import Folder
