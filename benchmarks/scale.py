@@ -14,6 +14,7 @@ JPEGs of 256 to 512 pixels a side: images per second beside the demand, and how 
 """
 
 import dataclasses
+import itertools
 import math
 import os
 import threading
@@ -122,7 +123,7 @@ def memory(settings: Settings) -> None:
                 quarters.append(time.monotonic())
     print(f"memory: {manifest.rows:,} images, {manifest.rows * IMAGE_BYTES >> 20} MB, through a store of "
           f"{STORE_BYTES >> 20} MB, {read.deal.stop / (quarters[-1] - quarters[0]):,.0f} images/s")  # fmt: skip
-    for i, (begin, end) in enumerate(zip(quarters, quarters[1:], strict=False)):
+    for i, (begin, end) in enumerate(itertools.pairwise(quarters)):
         here = [(held, stored) for at, held, stored in watch.seen if begin <= at < end] or [(0, 0.0)]
         held, stored = (max(column) for column in zip(*here, strict=True))
         print(f"  quarter {i + 1}: all processes {held / 1e6:,.0f} MB, object store {stored / 1e6:,.0f} MB", flush=True)

@@ -90,6 +90,12 @@ def run(python: Path | str, *words: str) -> None:
     subprocess.run([str(python), *words], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
 
 
+def ingest(url: str, out: str, encoding: str, side: int) -> None:
+    """Make one of our data sets of the raw files; one that is there already is left alone."""
+    words = ["--source", f"{url}/raw", "--out", f"{url}/{out}", "--ingest.encoding", encoding]
+    run(sys.executable, "-m", "jobs.ingest", *words, "--ingest.side", str(side))
+
+
 def main() -> None:
     settings = tyro.cli(Settings, description=__doc__)
     folder = settings.folder.absolute()
@@ -99,15 +105,17 @@ def main() -> None:
         write_parquet(folder / "raw", folder / "parquet")
     if not (folder / "mds").exists():
         run(settings.peers / "bin" / "python", "-m", "benchmarks.loaders.formats", str(folder))
-    for out, encoding, side in (("in-place", "in-place", 0), ("keep", "keep", 0), ("pixels", "raw", SIDE)):
-        words = ["--source", f"{folder}/raw", "--out", f"{folder}/{out}", "--ingest.encoding", encoding]
-        run(sys.executable, "-m", "jobs.ingest", *words, "--ingest.side", str(side))
+    ingest(str(folder), "in-place", "in-place", 0)
+    ingest(str(folder), "keep", "keep", 0)
+    ingest(str(folder), "pixels", "raw", SIDE)
     sizes = [path.stat().st_size for path in (folder / "raw").rglob("*.jpg")]
     print(f"{len(sizes)} JPEGs of {min(sizes)} to {max(sizes)} bytes, {sum(sizes) / 1e6:.0f} MB together, in {folder}")
     if settings.to:
         filesystem, root = fsspec.url_to_fs(settings.to)
         filesystem.makedirs(root.split("/")[0], exist_ok=True)
-        filesystem.put(f"{folder}/", f"{root}/", recursive=True)
+        for name in (path.name for path in folder.iterdir() if path.name != "in-place"):
+            filesystem.put(f"{folder}/{name}/", f"{root}/{name}/", recursive=True)
+        ingest(settings.to, "in-place", "in-place", 0)
 
 
 if __name__ == "__main__":
