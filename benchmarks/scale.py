@@ -60,7 +60,7 @@ class Settings:
 
 def stream(folder: Folder, manifest: Manifest, images: int, batch: int) -> ReadWindow:
     """Return the task of a stream of so many images, rounded down to batches."""
-    windows = window_batches(DataConfig().window_bytes, IMAGE_BYTES, batch)
+    windows = window_batches(DataConfig().window_bytes, manifest.row_bytes, batch)
     deal = Deal(
         start=0, stop=images // batch * batch, batch_images=batch, micro_images=MICRO, window_batches=windows,
         image_bytes=IMAGE_BYTES,

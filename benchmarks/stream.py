@@ -63,7 +63,7 @@ class Consumer:
 def deliver(folder: Folder, manifest: Manifest, images: int, world: int) -> tuple[float, float]:
     """Run one stream to its end; return images per second and CPU seconds per 1,000 images."""
     fit = DIGITS.fit
-    windows = window_batches(DIGITS.data.window_bytes, 64, fit.batch_images)
+    windows = window_batches(DIGITS.data.window_bytes, manifest.row_bytes, fit.batch_images)
     deal = Deal(
         start=0,
         stop=images,

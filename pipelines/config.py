@@ -37,8 +37,9 @@ class DataConfig:
     """The short side of a picture is made zoom · side pixels long, and a square of side pixels is cut out of it."""
     crop: Literal["center", "random"] = "center"
     """Where the square is cut: in the middle, or anew each time that the picture is seen."""
-    window_bytes: int = 32 << 20
-    """Decoded images that are shuffled into each other, and that one task reads, in bytes; rounded down to batches."""
+    window_bytes: int = 64 << 20
+    """Images that are shuffled into each other, and that one task reads, in bytes as they are stored; rounded down to a
+    power of two of batches, and at most 8192 images."""
     node_labels: tuple[str, ...] = ()
     """Ray's labels, KEY=VALUE, of the nodes that read and decode, such as CPU-only ones; none: any node."""
     ingest: IngestConfig = field(default_factory=IngestConfig)

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,10 @@ from pipelines.storage import Folder
 NAME = "manifest.json"
 MAX_SKIPS = 1000
 """Unusable pictures in a row that are passed over before a data set is refused."""
+
+
+RowGroups: TypeAlias = dict[tuple[str, int], Any]
+"""Tables, by the name of the shard and the number in it."""
 
 
 class BadRow(NamedTuple):
@@ -72,6 +76,11 @@ class Manifest:
         return sum(shard.rows for shard in self.shards)
 
     @property
+    def row_bytes(self) -> int:
+        """What a row takes in its shard, on average, in bytes."""
+        return sum(shard.size_bytes for shard in self.shards) // max(self.rows, 1) + 1
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """Height, width and channels."""
         return self.side, self.side, self.channels
@@ -114,6 +123,7 @@ class Manifest:
         rows: NDArray[np.int64],
         view: View | None = None,
         at: NDArray[np.float64] | None = None,
+        kept: RowGroups | None = None,
     ) -> Rows:
         """Read rows of the data set, in the order asked for, fetching each row group that holds any of them once.
 
@@ -122,6 +132,7 @@ class Manifest:
             rows: int64 [n].
             view: how to look at the pictures; None for as they are stored, in a data set of one shape.
             at: where each cut is made, [n, 2] as in :data:`pipelines.images.Place`; None for the middle.
+            kept: row groups of earlier calls, which are not fetched again; those of this one are added.
 
         Raises:
             DataError: if a shard is missing or is not what the manifest says, or a file in place has changed.
@@ -131,7 +142,7 @@ class Manifest:
             raise ConfigurationError(
                 f"the pictures of {folder.url} have sizes of their own; say the side to see them at"
             )
-        window = _Window(self, folder, view, rows.astype(np.int64), at)
+        window = _Window(self, folder, view, rows.astype(np.int64), at, {} if kept is None else kept)
         bad: dict[int, BadRow] = {}
         places = np.arange(len(rows))
         for _ in range(MAX_SKIPS):
@@ -155,8 +166,9 @@ class _Window:
         view: View | None,
         row: NDArray[np.int64],
         at: NDArray[np.float64] | None,
+        kept: RowGroups,
     ) -> None:
-        self.manifest, self.folder, self.view, self.row, self.at = manifest, folder, view, row, at
+        self.manifest, self.folder, self.view, self.row, self.at, self.kept = manifest, folder, view, row, at, kept
         self.image = np.empty((len(row), *(view or manifest).shape), np.uint8)
         self.label = np.full(len(row), -1, np.int64)
         self.in_place = manifest.encoding == "in-place"
@@ -166,7 +178,7 @@ class _Window:
     def fill(self, places: NDArray[np.int64], bad: dict[int, BadRow]) -> NDArray[np.int64]:
         """Fill in some places of the window; return those whose row is unusable, and add these to ``bad``."""
         jobs = list(self._groups(places))
-        tables = ahead(self.folder, lambda job: read_group(self.folder, job[0], job[1], self.columns), jobs)
+        tables = ahead(self.folder, lambda job: self._table(job[0], job[1]), jobs)
         files: list[tuple[int, str, int]] = []  # place, path and size of each
         failed: list[tuple[int, str, str]] = []  # place, path and reason of each
         for (shard, group, here, within), table in zip(jobs, tables, strict=True):
@@ -187,6 +199,11 @@ class _Window:
         for place, path, reason in failed:
             bad[int(self.row[place])] = BadRow(int(self.row[place]), path, reason)
         return np.array([place for place, _, _ in failed], np.int64)
+
+    def _table(self, shard: Shard, group: int) -> Any:
+        if (shard.name, group) not in self.kept:
+            self.kept[shard.name, group] = read_group(self.folder, shard, group, self.columns)
+        return self.kept[shard.name, group]
 
     def _groups(self, places: NDArray[np.int64]) -> Iterator[tuple[Shard, int, NDArray[np.int64], NDArray[np.int64]]]:
         """Yield each row group with the places that it fills and, for each, the row within the group."""

@@ -57,9 +57,9 @@ class Plan:
         return permute(slot, chunks, key, (epoch, 0))[which] * self.chunk_rows + padded % self.chunk_rows  # type: ignore[no-any-return]
 
 
-def window_batches(window_bytes: int, image_bytes: int, batch_images: int) -> int:
-    """Return how many global batches make a window: a power of two of at most so many decoded bytes, and at least 1."""
-    images = min(window_bytes // image_bytes, MAX_WINDOW_ROWS)
+def window_batches(window_bytes: int, row_bytes: int, batch_images: int) -> int:
+    """Return how many global batches make a window: a power of two of at most so many stored bytes, and at least 1."""
+    images = min(window_bytes // row_bytes, MAX_WINDOW_ROWS)
     return 1 << max(images // batch_images, 1).bit_length() - 1
 
 

@@ -29,7 +29,7 @@ from ray.data import DataContext, Dataset, ExecutionOptions
 
 from pipelines.errors import DataError
 from pipelines.images import Pixels, View
-from pipelines.manifest import BadRow, Manifest
+from pipelines.manifest import BadRow, Manifest, RowGroups
 from pipelines.plan import Plan, uniforms
 from pipelines.retries import retries
 from pipelines.storage import Folder
@@ -37,6 +37,8 @@ from pipelines.storage import Folder
 BLOCK_BYTES = 1 << 20
 """Pixels in a block, in bytes, up to which batches are dealt together."""
 MAX_BATCHES_TOGETHER = 32
+PART_BYTES = 8 << 20
+"""Pixels that a read task decodes before it hands them out, in bytes."""
 QUARANTINE = "quarantine"
 """The folder, in that of the data set, for what proves unusable while training: a file each, named by its row."""
 
@@ -130,16 +132,26 @@ class ReadWindow:
 
     def __call__(self, windows: dict[str, NDArray[np.int64]]) -> Iterator[dict[str, Any]]:
         for number in windows["id"].tolist():
-            yield self.read(self.deal.windows[number])
+            yield from self.read(self.deal.windows[number])
 
-    def read(self, window: int) -> dict[str, Any]:
-        """Return the columns of a window, in the order of its blocks."""
-        position, before = self.deal.positions(window), retries()
+    def read(self, window: int) -> Iterator[dict[str, Any]]:
+        """Yield the columns of a window in the order of its blocks, a few groups at a time.
+
+        What is kept meanwhile is the window as it is stored, not as it is decoded.
+        """
+        kept: RowGroups = {}
+        groups = self.deal.positions(window).reshape(-1, self.deal.group_rows)
+        together = max(1, PART_BYTES // (self.deal.group_rows * self.deal.image_bytes))
+        for first in range(0, len(groups), together):
+            yield self._part(groups[first : first + together].ravel(), kept)
+
+    def _part(self, position: NDArray[np.int64], kept: RowGroups) -> dict[str, Any]:
+        before = retries()
         wanted = np.flatnonzero((position >= self.deal.start) & (position < self.deal.stop))
         due = position[wanted]
         planned = self.plan.rows(int(due.min()), int(due.max()) + 1)[due - due.min()]
         at = uniforms(self.plan.seed, "crop", due) if self.random_crop else None
-        found = self.manifest.read(self.folder, planned, self.view, at)
+        found = self.manifest.read(self.folder, planned, self.view, at, kept)
         self._quarantine(found.bad, len(planned))
         columns: dict[str, Any] = {"position": position}
         for name, values in (("row", found.row), ("label", found.label), ("image", found.image)):

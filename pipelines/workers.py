@@ -114,7 +114,7 @@ class TrainTask:
             stop=fit_config.images,
             batch_images=fit_config.batch_images,
             micro_images=fit_config.micro_images,
-            window_batches=window_batches(self.job.data.window_bytes, image_bytes, fit_config.batch_images),
+            window_batches=window_batches(self.job.data.window_bytes, self.manifest.row_bytes, fit_config.batch_images),
             image_bytes=image_bytes,
         )
 

@@ -36,7 +36,7 @@ def open_ours(folder: str, ordered: bool = True) -> Iterable[Any]:
     manifest, view = Manifest.load(data), View(side=SIDE, channels=3)
     image_bytes, batch = math.prod(view.shape), 2 * BATCH
     # Two micro-batches in a batch, as where two workers train; both are taken here.
-    windows = window_batches(DataConfig().window_bytes, image_bytes, batch)
+    windows = window_batches(DataConfig().window_bytes, manifest.row_bytes, batch)
     deal = Deal(
         start=0, stop=LONG, batch_images=batch, micro_images=BATCH, window_batches=windows, image_bytes=image_bytes
     )

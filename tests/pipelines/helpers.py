@@ -98,7 +98,7 @@ class Ear:
 class WhereItReads(ReadWindow):
     """Leaves the id of its node behind for each window that it reads."""
 
-    def read(self, window: int) -> dict[str, Any]:
+    def read(self, window: int) -> Iterator[dict[str, Any]]:
         node = ray.get_runtime_context().get_node_id()
         self.folder.put(f"nodes/{window}", node.encode())
         return super().read(window)

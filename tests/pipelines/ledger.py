@@ -11,6 +11,7 @@ import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import ray
 
 from pipelines.cluster import cluster
@@ -42,13 +43,10 @@ def task(data: Folder, start: int) -> ReadWindow:
 def expected(data: Folder) -> dict[int, Entry]:
     """Return the ledger of a run without Ray, without workers and without faults."""
     whole = task(data, 0)
-    ledger = {}
-    for window in whole.deal.windows:
-        columns = whole.read(window)
-        for position, row, image in zip(columns["position"], columns["row"], columns["image"], strict=True):
-            if position < STOP:
-                ledger[int(position)] = Entry(int(row), zlib.crc32(image.tobytes()))
-    return ledger
+    parts = [part for window in whole.deal.windows for part in whole.read(window)]
+    position, row, image = (np.concatenate([part[name] for part in parts]) for name in ("position", "row", "image"))
+    entries = (Entry(int(i), zlib.crc32(picture.tobytes())) for i, picture in zip(row, image, strict=True))
+    return {p: entry for p, entry in zip(position.tolist(), entries, strict=True) if p < STOP}
 
 
 def written(out: Path) -> dict[int, Entry]:

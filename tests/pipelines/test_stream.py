@@ -1,8 +1,9 @@
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,6 +57,12 @@ def read(data: tuple[Folder, Manifest], deal: Deal, view: View = VIEW, random_cr
     folder, manifest = data
     plan = Plan(0, manifest.rows, manifest.row_group_rows, deal.window_batches * deal.batch_images)
     return ReadWindow(folder, manifest, plan, deal, view, random_crop, max_bad_share=0.01)
+
+
+def joined(parts: Iterator[dict[str, Any]]) -> dict[str, Any]:
+    """The columns of a window, whole."""
+    several = list(parts)
+    return {name: np.concatenate([part[name] for part in several]) for name in several[0]}
 
 
 def consume(task: ReadWindow, world: int, check: Callable[[Batch], None]) -> Ledger:
@@ -124,8 +131,8 @@ def test_a_cut_is_a_function_of_the_position(data: tuple[Folder, Manifest], digi
     folder, manifest = data
     view = View(side=8, channels=1, zoom=1.25)
     deal = Deal(start=0, stop=256, batch_images=64, micro_images=16, window_batches=4, image_bytes=64)
-    whole = read(data, deal, view, random_crop=True).read(0)
-    rest = read(data, replace(deal, start=128), view, random_crop=True).read(0)
+    whole = joined(read(data, deal, view, random_crop=True).read(0))
+    rest = joined(read(data, replace(deal, start=128), view, random_crop=True).read(0))
     image = dict(zip(whole["position"], whole["image"], strict=True))
     for position, picture in zip(rest["position"], rest["image"], strict=True):
         assert np.array_equal(picture, image[position] if position >= 128 else np.zeros((8, 8, 1)))
@@ -147,14 +154,14 @@ def test_what_is_unusable_is_replaced_listed_and_limited(tmp_path: Path, ray_clu
     assert manifest.rows == 120
     deal = Deal(start=0, stop=128, batch_images=32, micro_images=32, window_batches=4, image_bytes=192)
     task = read((out, manifest), deal, View(side=8, channels=3))
-    found = task.read(0)
+    found = joined(task.read(0))
     epoch = found["row"][found["position"] < 120]
     assert found["replaced"][found["position"] < 120].sum() == 2
     assert len(set(epoch.tolist())) == 118
     listed = [json.loads(out.get(f"quarantine/{name}")) for name in (out / "quarantine").names()]
     assert {entry["path"] for entry in listed} == {"007.png", "050.png"}
     with pytest.raises(DataError, match=r"2 of 128 images are unusable, more than data.ingest.max_bad_share = 0.001"):
-        replace(task, max_bad_share=0.001).read(0)
+        joined(replace(task, max_bad_share=0.001).read(0))
 
 
 class Delivers:
