@@ -37,6 +37,8 @@ from pipelines.storage import Folder
 BLOCK_BYTES = 1 << 20
 """Pixels in a block, in bytes, up to which batches are dealt together."""
 MAX_BATCHES_TOGETHER = 32
+ROW_BYTES = 32
+"""Bytes of a row beside its pixels."""
 PART_BYTES = 8 << 20
 """Pixels that a read task decodes before it hands them out, in bytes."""
 QUARANTINE = "quarantine"
@@ -132,7 +134,9 @@ class ReadWindow:
 
     def __call__(self, windows: dict[str, NDArray[np.int64]]) -> Iterator[dict[str, Any]]:
         for number in windows["id"].tolist():
-            yield from self.read(self.deal.windows[number])
+            for part in self.read(self.deal.windows[number]):
+                for first in range(0, len(part["position"]), self.deal.block_rows):
+                    yield {name: column[first : first + self.deal.block_rows] for name, column in part.items()}
 
     def read(self, window: int) -> Iterator[dict[str, Any]]:
         """Yield the columns of a window in the order of its blocks, a few groups at a time.
@@ -196,14 +200,13 @@ def open_stream(read: ReadWindow, node_labels: dict[str, str] | None = None) -> 
     context = DataContext.get_current()
     context.execution_options = execution_options()
     context.enable_progress_bars = False
+    # Ray closes a block when it has more bytes than this, which what the task yields has: so a block is what it yields,
+    # and is on its way when it is yielded. (A repartition would cut the same blocks, but wait for the end of the task.)
+    context.target_max_block_size = read.deal.block_rows * (read.deal.image_bytes + ROW_BYTES - 8)
     windows = len(read.deal.windows)
     remote = {"label_selector": node_labels} if node_labels else {}
-    return (
-        ray.data.range(windows, override_num_blocks=windows)
-        .map_batches(read, batch_size=None, zero_copy_batch=True, **remote)
-        # A streaming repartition does not merge rows across tasks: that is why a window is whole blocks.
-        .repartition(target_num_rows_per_block=read.deal.block_rows)
-    )
+    numbers = ray.data.range(windows, override_num_blocks=windows)
+    return numbers.map_batches(read, batch_size=None, zero_copy_batch=True, **remote)
 
 
 def batches(shard: Any, deal: Deal, rank: int, world: int) -> Iterator[Batch]:

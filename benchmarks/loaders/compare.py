@@ -53,7 +53,7 @@ OURS = {
 ONE_DECODER = ("ours_raw", "ours_shards", "ours_unordered", "ours_pixels")
 """Those that cannot decode otherwise than `same`."""
 CEILING_IMAGES = 1024
-TIME_LIMIT_S = 180
+TIME_LIMIT_S = 300
 Run: TypeAlias = tuple[str, Decoder]
 """A contestant and its decoder."""
 Told: TypeAlias = dict[str, float]

@@ -119,10 +119,10 @@ def test_any_number_of_workers_sees_the_plan(
 
 @pytest.mark.ray
 def test_large_images_are_dealt_batch_by_batch(data: tuple[Folder, Manifest], ray_cluster: None) -> None:
-    # As if of a megabyte.
-    deal = Deal(start=96, stop=960, batch_images=96, micro_images=24, window_batches=4, image_bytes=1 << 20)
+    view = View(side=256, channels=1)
+    deal = Deal(start=96, stop=960, batch_images=96, micro_images=24, window_batches=4, image_bytes=256 * 256)
     assert deal.batches_together == 1
-    ledger = consume(read(data, deal), 2, lambda batch: None)
+    ledger = consume(read(data, deal, view), 2, lambda batch: None)
     assert [ledger[position] for position in range(96, 960)] == Plan(0, 1797, 128, 384).rows(96, 960).tolist()
 
 
