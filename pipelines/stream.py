@@ -34,7 +34,7 @@ from pipelines.plan import Plan, uniforms
 from pipelines.retries import retries
 from pipelines.storage import Folder
 
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 8 << 20
 """Pixels in a block, in bytes, up to which batches are dealt together."""
 MAX_BATCHES_TOGETHER = 32
 ROW_BYTES = 32
