@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pipelines.fit import FitConfig
 from pipelines.plan import Plan
 
-CHUNK_ROWS, WINDOW_CHUNKS = 128, 64
+CHUNK_ROWS, WINDOW_ROWS = 128, 8192
 """Of the plan: as the preset `digits` has them, so that every epoch is shuffled as a whole."""
 
 
@@ -23,6 +23,8 @@ class MicroBatch(NamedTuple):
     position: NDArray[np.int64]
     label: NDArray[np.int64]
     image: NDArray[np.uint8]
+    replaced: int = 0
+    retried: int = 0
 
 
 @functools.cache
@@ -35,7 +37,7 @@ def digits() -> NDArray[np.uint8]:
 
 def micro_batches(pixels: NDArray[np.uint8], config: FitConfig, seed: int) -> Iterator[MicroBatch]:
     """Yield the micro-batches of a run of one worker, in the order of its plan, out of memory."""
-    plan = Plan(seed, len(pixels), CHUNK_ROWS, WINDOW_CHUNKS)
+    plan = Plan(seed, len(pixels), CHUNK_ROWS, WINDOW_ROWS)
     for start in range(0, config.images, config.batch_images):
         rows = plan.rows(start, start + config.batch_images)
         for i in range(0, config.batch_images, config.micro_images):

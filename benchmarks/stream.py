@@ -20,15 +20,17 @@ from typing import Any
 import ray
 import tyro
 
-from benchmarks.common import CHUNK_ROWS, WINDOW_CHUNKS, spread
+from benchmarks.common import spread
 from jobs.presets import DIGITS
 from pipelines.cluster import cluster
 from pipelines.digits import write_digits
-from pipelines.ingest import IngestPlan, ingest
+from pipelines.images import View
+from pipelines.ingest import ingest
+from pipelines.ingest_plan import IngestPlan
 from pipelines.manifest import Manifest
-from pipelines.plan import Plan
+from pipelines.plan import Plan, window_batches
 from pipelines.storage import Folder
-from pipelines.stream import Deal, batches, open_stream
+from pipelines.stream import Deal, ReadWindow, batches, open_stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +63,21 @@ class Consumer:
 def deliver(folder: Folder, manifest: Manifest, images: int, world: int) -> tuple[float, float]:
     """Run one stream to its end; return images per second and CPU seconds per 1,000 images."""
     fit = DIGITS.fit
-    deal = Deal(start=0, stop=images, batch_images=fit.batch_images, micro_images=fit.micro_images, image_bytes=64)
-    plan = Plan(0, manifest.rows, CHUNK_ROWS, WINDOW_CHUNKS)
+    windows = window_batches(DIGITS.data.window_bytes, manifest.row_bytes, fit.batch_images)
+    deal = Deal(
+        start=0,
+        stop=images,
+        batch_images=fit.batch_images,
+        micro_images=fit.micro_images,
+        window_batches=windows,
+        image_bytes=64,
+    )
+    plan = Plan(0, manifest.rows, manifest.row_group_rows, windows * fit.batch_images)
+    view = View(side=8, channels=1)
+    read = ReadWindow(folder, manifest, plan, deal, view, random_crop=False, max_bad_share=0.0)
     consumers = [Consumer.remote() for _ in range(world)]
     spent = cpu_seconds()
-    shards = open_stream(folder, manifest, plan, deal).streaming_split(world, equal=True)
+    shards = open_stream(read).streaming_split(world, equal=True)
     told = ray.get(
         [
             actor.consume.remote(shard, deal, i, world)

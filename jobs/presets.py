@@ -4,7 +4,7 @@ from models.network import NetworkConfig
 from models.unet import UNetConfig
 from pipelines.config import DataConfig, DrawConfig, ScalingConfig, TrainJob
 from pipelines.fit import FitConfig
-from pipelines.ingest import IngestConfig
+from pipelines.ingest_plan import IngestConfig
 
 DIGITS = TrainJob(
     name="digits",

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import ray
 from ray.data import DataContext
 
-SPARE_CPUS = 4
+SPARE_CPUS = 2
 """Logical CPUs beyond those of the machine that a cluster of its own declares: on a small machine the tasks that read
 must find room beside the workers that train."""
 

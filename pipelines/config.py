@@ -16,7 +16,8 @@ from models.samplers import SAMPLERS, Sampler, ddim
 from models.schedule import ScheduleConfig, Spacing
 from pipelines.errors import ConfigurationError, checked
 from pipelines.fit import FitConfig
-from pipelines.ingest import IngestConfig
+from pipelines.images import View
+from pipelines.ingest_plan import IngestConfig
 from pipelines.storage import Folder
 
 SamplerName = Literal["greedy", "random", "posterior", "ddim", "dpm-solver", "heun"]
@@ -30,17 +31,51 @@ class DataConfig:
     """A data set that jobs/ingest.py made, or a folder of raw images, which is then ingested first."""
     builtin: Literal["none", "digits"] = "none"
     """Real images that come with the installation, written out as PNG files; with a url of your own, say none."""
-    window_chunks: int = 64
-    """Row groups that are shuffled into each other."""
+    side: int = 0
+    """Height and width of the training images, in pixels; 0: as the data set has them, or data.ingest.side."""
+    zoom: float = 1.0
+    """The short side of a picture is made zoom · side pixels long, and a square of side pixels is cut out of it."""
+    crop: Literal["center", "random"] = "center"
+    """Where the square is cut: in the middle, or anew each time that the picture is seen."""
+    window_bytes: int = 64 << 20
+    """Images that are shuffled into each other, and that one task reads, in bytes as they are stored; rounded down to a
+    power of two of batches, and at most 8192 images."""
+    node_labels: tuple[str, ...] = ()
+    """Ray's labels, KEY=VALUE, of the nodes that read and decode, such as CPU-only ones; none: any node."""
     ingest: IngestConfig = field(default_factory=IngestConfig)
 
     def __post_init__(self) -> None:
-        if self.window_chunks < 1:
-            raise ConfigurationError(f"data.window_chunks is {self.window_chunks}; it must be at least 1")
         if self.url and self.builtin != "none":
             raise ConfigurationError(
                 f"data.url is {self.url} and data.builtin is {self.builtin}; only one can be: add --data.builtin none"
             )
+        if self.side < 0 or self.side > 4096:
+            raise ConfigurationError(f"data.side is {self.side}; it must lie in 0..4096 pixels: try 0")
+        if not 1 <= self.zoom <= 8:
+            raise ConfigurationError(f"data.zoom is {self.zoom}; it must lie in 1..8: try 1.125")
+        if self.window_bytes < 1:
+            raise ConfigurationError(f"data.window_bytes is {self.window_bytes}; it must be at least 1: try 33554432")
+        for label in self.node_labels:
+            if not all(label.partition("=")):
+                raise ConfigurationError(f"data.node_labels has {label!r}; each must be KEY=VALUE, such as role=data")
+
+    def view(self, side: int, channels: Literal[1, 3]) -> View:
+        """Return how training sees the pictures of a data set of this side (0: each has its own) and channels.
+
+        Raises:
+            ConfigurationError: if it is not said how large they are to be.
+        """
+        if not (self.side or side):
+            raise ConfigurationError(
+                "data.side is 0, and the pictures of the data set have sizes of their own: give the side, in pixels, "
+                "to train at, such as --data.side 64"
+            )
+        if side and self.side > side:
+            raise ConfigurationError(
+                f"data.side is {self.side}; the pictures of the data set are stored at {side} pixels, and it must be "
+                f"at most that: ingest them again with --ingest.side {self.side}"
+            )
+        return View(side=self.side or side, channels=channels, zoom=self.zoom)
 
 
 @dataclass(frozen=True, kw_only=True)

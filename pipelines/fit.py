@@ -12,9 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from models.ema import EMA, EMAConfig
@@ -26,6 +24,7 @@ from models.samplers import dpm_solver, guided, sample
 from models.schedule import Schedule
 from models.timesteps import TimestepConfig, Timesteps
 from pipelines.errors import ConfigurationError
+from pipelines.feed import Feed
 from pipelines.world import World
 
 BANDS = 4
@@ -183,7 +182,8 @@ def fit(
     accumulation = config.batch_images // (config.micro_images * world.size)
     dtype = next(model.parameters()).dtype
     sums = torch.zeros(2, BANDS, dtype=dtype, device=world.device)  # loss and weight of each band since the last report
-    since, waited, reported = time.perf_counter(), 0.0, state.position
+    feed = Feed(batches, world.device)
+    since, reported = time.perf_counter(), state.position
 
     while state.position < config.images:
         # The step's learning rate: it rises, then stays.
@@ -194,14 +194,11 @@ def fit(
 
         # Forward and backward, one micro-batch at a time; the gradient is the mean over the global batch.
         for last in (i == accumulation - 1 for i in range(accumulation)):
-            asked = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - asked
-            position = torch.tensor(batch.position, device=world.device)
-            x_0 = pixels_to_x_0(torch.tensor(batch.image).to(world.device)).to(dtype)
+            position, label, pixels = next(feed)
+            x_0 = pixels_to_x_0(pixels).to(dtype)
             if config.flip:
                 x_0 = mirrored(x_0, seed, position)
-            network = told_labels(parallel, batch.label, seed, position, config) if model.classes else parallel
+            network = told_labels(parallel, label, seed, position, config) if model.classes else parallel
             t, weight = state.timesteps.draw(seed, position)
             noise = partial(noise_like, x_0, seed, position)
             with nullcontext() if last or world.size == 1 else parallel.no_sync():  # type: ignore[operator]
@@ -226,6 +223,7 @@ def fit(
         # Say how it goes.
         if state.position % config.log_images == 0 or state.position == config.images:
             loss, share = world.sum(sums).tolist()
+            replaced, retried = world.sum(feed.troubles).tolist()
             seconds = time.perf_counter() - since
             metrics = {
                 "loss": sum(loss) / sum(share),
@@ -233,12 +231,15 @@ def fit(
                 "gradient_norm": float(norm),
                 "learning_rate": optimizer.param_groups[0]["lr"],
                 "images_per_s": (state.position - reported) / seconds,
-                "data_wait_percent": 100 * waited / seconds,
+                "data_wait_percent": 100 * feed.waited_s / seconds,
+                "images_replaced": replaced,
+                "storage_retries": retried,
             }
             if world.rank == 0:
                 listener.report(metrics, state.position)
             sums.zero_()
-            since, waited, reported = time.perf_counter(), 0.0, state.position
+            feed.reset()
+            since, reported = time.perf_counter(), state.position
         if state.position % config.grid_images == 0 or state.position == config.images:
             grid = draw_grid(state, schedule, x_0.shape[1:], config.objective, world)
             if world.rank == 0:
@@ -268,13 +269,10 @@ def noise_like(x_0: Tensor, seed: int, position: Tensor, stream: str) -> Tensor:
     return normal(seed, stream, position, tuple(x_0.shape[1:])).to(x_0.dtype, memory_format=torch.channels_last)
 
 
-def told_labels(
-    network: nn.Module, label: NDArray[np.int64], seed: int, position: Tensor, config: FitConfig
-) -> Network:
-    """Return the network with the labels of a batch ([B]) in its ear, but for those that the position drops."""
-    labels = torch.tensor(label, device=position.device)
+def told_labels(network: nn.Module, label: Tensor, seed: int, position: Tensor, config: FitConfig) -> Network:
+    """Return the network with the labels of a batch (int64 [B]) in its ear, but for those that the position drops."""
     drawn = words(seed, "label dropout", position, step=0, blocks=1)[0][:, 0]
-    kept = torch.where(drawn < int(config.label_dropout * 2.0**32), -1, labels)
+    kept = torch.where(drawn < int(config.label_dropout * 2.0**32), -1, label)
     return lambda x_t, t: network(x_t, t, kept)
 
 

@@ -16,6 +16,7 @@ from models.schedule import Schedule, ScheduleConfig
 from pipelines import checkpoints, exchange, snapshots
 from pipelines.checkpoints import Checkpoint
 from pipelines.errors import ConfigurationError, DataError
+from pipelines.images import View
 from pipelines.plain import from_dict
 from pipelines.storage import Folder
 
@@ -77,6 +78,12 @@ class Trained:
     def labels(self) -> list[str]:
         """The labels that the network knows."""
         return self.checkpoint.labels if self._network_config.labels else []
+
+    @property
+    def view(self) -> View:
+        """How the network saw the pictures that it was trained on."""
+        channels, side, _ = self.checkpoint.shape
+        return View(side=side, channels=channels, zoom=self.checkpoint.config.get("data", {}).get("zoom", 1.0))  # type: ignore[arg-type]
 
     @property
     def _network_config(self) -> NetworkConfig:

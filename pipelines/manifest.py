@@ -5,52 +5,80 @@ No manifest, no data set. The digest of the manifest names the data in every che
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
-from pipelines.errors import DataError
-from pipelines.images import Encoding, Pixels, decode
+from pipelines.errors import ConfigurationError, DamagedError, DataError
+from pipelines.images import MIDDLE, BadImageError, Encoding, Pixels, View, as_stored
+from pipelines.shards import Shard, ahead, read_group
+from pipelines.sources import portions
 from pipelines.storage import Folder
 
 NAME = "manifest.json"
+MAX_SKIPS = 1000
+"""Unusable pictures in a row that are passed over before a data set is refused."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shard:
-    """One Parquet file, with columns ``image`` (bytes), ``label`` (int32, an index or -1) and ``path``."""
+RowGroups: TypeAlias = dict[tuple[str, int], Any]
+"""Tables, by the name of the shard and the number in it."""
 
-    name: str
-    rows: int
-    size_bytes: int
-    sha256: str
+
+class BadRow(NamedTuple):
+    """A picture that could not be used."""
+
+    row: int
+    path: str
+    reason: str
+
+
+class Rows(NamedTuple):
+    """What was read: n pictures of one shape, in the order that was asked for."""
+
+    image: Pixels
+    """uint8 [n, H, W, C]."""
+    label: NDArray[np.int64]
+    """[n], an index into the manifest's labels, or -1."""
+    row: NDArray[np.int64]
+    """[n], the row that is really there: an unusable picture is replaced by the next usable row."""
+    bad: list[BadRow]
+    """Each row that was replaced, once."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """A data set of pictures of one shape. Row i of the data set is row i of its shards, laid end to end."""
+    """A data set of pictures. Row i of the data set is row i of its shards, laid end to end."""
 
     side: int
-    """Height and width, in pixels."""
-    channels: int
+    """Height and width, in pixels; 0 where every picture has a shape of its own."""
+    channels: Literal[1, 3]
     encoding: Encoding
     row_group_rows: int
     labels: list[str]
     """The name of each label; empty for a data set without labels."""
     label_counts: list[int]
+    """Pictures of each label."""
     quarantined: int
     """Images that could not be used; ``quarantine.jsonl`` lists them."""
+    duplicates: int = 0
+    """Images that were left out because another has the same bytes; ``duplicates.jsonl`` lists them."""
     source: str
-    """Where the raw images were, for the record."""
+    """Where the raw images were, for the record; of pictures in place, where they are."""
     shards: list[Shard]
 
     @property
     def rows(self) -> int:
         return sum(shard.rows for shard in self.shards)
+
+    @property
+    def row_bytes(self) -> int:
+        """What a row takes in its shard, on average, in bytes."""
+        return sum(shard.size_bytes for shard in self.shards) // max(self.rows, 1) + 1
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -61,7 +89,7 @@ class Manifest:
     def digest(self) -> str:
         """The sha256 of all that makes the data what they are; where they came from is no part of it."""
         what = asdict(self)
-        del what["source"], what["quarantined"]
+        del what["source"], what["quarantined"], what["duplicates"]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
     @cached_property
@@ -89,37 +117,168 @@ class Manifest:
             raise DataError(f"{folder.url}/{NAME} does not agree with its own digest; ingest the data again")
         return manifest
 
-    def read(self, folder: Folder, rows: NDArray[np.int64]) -> tuple[Pixels, NDArray[np.int64]]:
+    def read(
+        self,
+        folder: Folder,
+        rows: NDArray[np.int64],
+        view: View | None = None,
+        at: NDArray[np.float64] | None = None,
+        kept: RowGroups | None = None,
+    ) -> Rows:
         """Read rows of the data set, in the order asked for, fetching each row group that holds any of them once.
 
-        Returns:
-            uint8 [n, H, W, C] and their labels, int64 [n].
+        Args:
+            folder: where the data set is.
+            rows: int64 [n].
+            view: how to look at the pictures; None for as they are stored, in a data set of one shape.
+            at: where each cut is made, [n, 2] as in :data:`pipelines.images.Place`; None for the middle.
+            kept: row groups of earlier calls, which are not fetched again; those of this one are added.
 
         Raises:
-            DataError: if a shard is missing or is not what the manifest says.
+            DataError: if a shard is missing or is not what the manifest says, or a file in place has changed.
+            ConfigurationError: if a view is needed and none is given.
         """
-        data: list[bytes] = [b""] * len(rows)
-        labels = np.empty(len(rows), np.int64)
-        shard_of = np.searchsorted(self._starts, rows, side="right") - 1
-        for s in np.unique(shard_of):
-            shard, places = self.shards[s], np.flatnonzero(shard_of == s)
-            within = rows[places] - self._starts[s]
-            with folder.open(shard.name) as file:
-                try:
-                    parquet = pq.ParquetFile(file)
-                    if parquet.metadata.num_rows != shard.rows:
-                        raise DataError(
-                            f"{folder.url}/{shard.name} has {parquet.metadata.num_rows} rows, the manifest says "
-                            f"{shard.rows}; ingest the data again"
-                        )
-                    group_of = within // self.row_group_rows
-                    for group in np.unique(group_of):
-                        table = parquet.read_row_group(int(group), columns=["image", "label"])
-                        here = places[group_of == group]
-                        chosen = table.take(rows[here] - self._starts[s] - group * self.row_group_rows)
-                        labels[here] = chosen["label"].to_numpy()
-                        for place, item in zip(here, chosen["image"].to_pylist(), strict=True):
-                            data[place] = item
-                except (OSError, ValueError, KeyError) as error:
-                    raise DataError(f"{folder.url}/{shard.name} cannot be read: {error}") from error
-        return decode(data, self.encoding, self.shape), labels
+        if view is None and (not self.side or self.encoding in ("keep", "in-place")):
+            raise ConfigurationError(
+                f"the pictures of {folder.url} have sizes of their own; say the side to see them at"
+            )
+        window = _Window(self, folder, view, rows.astype(np.int64), at, {} if kept is None else kept)
+        bad: dict[int, BadRow] = {}
+        places = np.arange(len(rows))
+        for _ in range(MAX_SKIPS):
+            places = window.fill(places, bad)
+            if not len(places):
+                return Rows(window.image, window.label, window.row, list(bad.values()))
+            window.row[places] = (window.row[places] + 1) % self.rows
+        raise DataError(
+            f"{MAX_SKIPS} pictures in a row are unusable in {folder.url}; the last: {list(bad.values())[-1].path}: "
+            f"{list(bad.values())[-1].reason}"
+        )
+
+
+class _Window:
+    """The rows of one call, filled in row group by row group."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        folder: Folder,
+        view: View | None,
+        row: NDArray[np.int64],
+        at: NDArray[np.float64] | None,
+        kept: RowGroups,
+    ) -> None:
+        self.manifest, self.folder, self.view, self.row, self.at, self.kept = manifest, folder, view, row, at, kept
+        self.image = np.empty((len(row), *(view or manifest).shape), np.uint8)
+        self.label = np.full(len(row), -1, np.int64)
+        self.in_place = manifest.encoding == "in-place"
+        self.columns = ("path", "size_bytes", "version", "label") if self.in_place else ("image", "label")
+        self.index_of = {name: i for i, name in enumerate(manifest.labels)}
+
+    def fill(self, places: NDArray[np.int64], bad: dict[int, BadRow]) -> NDArray[np.int64]:
+        """Fill in some places of the window; return those whose row is unusable, and add these to ``bad``."""
+        jobs = list(self._groups(places))
+        tables = ahead(self.folder, lambda job: self._table(job[0], job[1]), jobs)
+        files: list[tuple[int, str, int]] = []  # place, path and size of each
+        failed: list[tuple[int, str, str]] = []  # place, path and reason of each
+        for (shard, group, here, within), table in zip(jobs, tables, strict=True):
+            try:
+                self._take_labels(table["label"], here, within)
+                if self.in_place:
+                    names = table.take(within)
+                    files += zip(here, names["path"].to_pylist(), names["size_bytes"].to_pylist(), strict=True)
+                else:
+                    for place, reason in self._take_images(table["image"], here, within):
+                        failed.append((place, self._path(shard, group, int(self.row[place])), reason))
+            except (ValueError, KeyError, IndexError) as error:
+                raise DamagedError(
+                    f"{self.folder.url}/{shard.name} does not hold what the manifest says: {error!r}; ingest again"
+                ) from error
+        if files:
+            failed += self._take_files(files)
+        for place, path, reason in failed:
+            bad[int(self.row[place])] = BadRow(int(self.row[place]), path, reason)
+        return np.array([place for place, _, _ in failed], np.int64)
+
+    def _table(self, shard: Shard, group: int) -> Any:
+        if (shard.name, group) not in self.kept:
+            self.kept[shard.name, group] = read_group(self.folder, shard, group, self.columns)
+        return self.kept[shard.name, group]
+
+    def _groups(self, places: NDArray[np.int64]) -> Iterator[tuple[Shard, int, NDArray[np.int64], NDArray[np.int64]]]:
+        """Yield each row group with the places that it fills and, for each, the row within the group."""
+        starts, group_rows = self.manifest._starts, self.manifest.row_group_rows
+        rows = self.row[places]
+        shard_of = np.searchsorted(starts, rows, side="right") - 1
+        group_of, within = np.divmod(rows - starts[shard_of], group_rows)
+        order = np.lexsort((group_of, shard_of))
+        changes = np.flatnonzero(np.diff(shard_of[order]) | np.diff(group_of[order])) + 1
+        for chosen in np.split(order, changes):
+            if len(chosen):
+                shard = self.manifest.shards[shard_of[chosen[0]]]
+                yield shard, int(group_of[chosen[0]]), places[chosen], within[chosen]
+
+    def _take_labels(self, column: Any, here: NDArray[np.int64], within: NDArray[np.int64]) -> None:
+        labels = column.combine_chunks()
+        # A row group has a dictionary of its own: from its indices to ours; the last entry is for rows without label.
+        index_of = np.array([self.index_of[name] for name in labels.dictionary.to_pylist()] + [-1])
+        indices = labels.indices.fill_null(-1) if labels.null_count else labels.indices
+        self.label[here] = index_of[indices.to_numpy()[within]]
+
+    def _take_images(
+        self, images: Any, here: NDArray[np.int64], within: NDArray[np.int64]
+    ) -> Iterator[tuple[int, str]]:
+        """Take pictures of a row group; yield place and reason of each that is unusable."""
+        column = images.combine_chunks()
+        if self.manifest.encoding != "raw":
+            for place, w in zip(here.tolist(), within.tolist(), strict=True):
+                if reason := self._decode(place, column[w].as_py()):
+                    yield place, reason
+            return
+        pixels = _raw(column, self.manifest.shape)
+        if self.view is None:
+            self.image[here] = pixels[within]
+            return
+        for place, w in zip(here.tolist(), within.tolist(), strict=True):
+            self.image[place] = self.view.of_pixels(pixels[w], self._at(place))
+
+    def _take_files(self, files: list[tuple[int, str, int]]) -> Iterator[tuple[int, str, str]]:
+        """Fetch and take pictures that are in place; yield place, path and reason of each that is unusable."""
+        source = Folder(self.manifest.source)
+        parts = [files[part] for part in portions([size for _, _, size in files])]
+        fetched = ahead(source, lambda part: source.get_many([path for _, path, _ in part]), parts)
+        for part, contents in zip(parts, fetched, strict=True):
+            for (place, path, size), data in zip(part, contents, strict=True):
+                if len(data) != size:
+                    raise DamagedError(
+                        f"{source.url}/{path} has {len(data)} bytes and had {size} when it was listed: it is another "
+                        "file now; list the source again into another folder"
+                    )
+                if reason := self._decode(int(place), data):
+                    yield int(place), path, reason
+
+    def _decode(self, place: int, data: bytes) -> str:
+        """Decode a picture into its place; return what is wrong with it, or nothing."""
+        try:
+            view = self.view
+            self.image[place] = view.of_file(data, self._at(place)) if view else as_stored(data, self.manifest.shape)
+        except BadImageError as error:
+            return str(error)
+        return ""
+
+    def _at(self, place: int) -> tuple[float, float]:
+        return MIDDLE if self.at is None else (self.at[place, 0], self.at[place, 1])
+
+    def _path(self, shard: Shard, group: int, row: int) -> str:
+        within = row - int(self.manifest._starts[self.manifest.shards.index(shard)])
+        paths = read_group(self.folder, shard, group, ("path",))["path"]
+        return str(paths[within - group * self.manifest.row_group_rows].as_py())
+
+
+def _raw(column: Any, shape: tuple[int, int, int]) -> Pixels:
+    """Look at a column of pixels without copying them: uint8 [n, H, W, C]."""
+    _, offsets, data = column.buffers()
+    starts = np.frombuffer(offsets, np.int32)[column.offset : column.offset + len(column) + 1]
+    if (np.diff(starts) != np.prod(shape)).any():
+        raise ValueError(f"a picture is not of {' x '.join(map(str, shape))} bytes")
+    return np.frombuffer(data, np.uint8)[starts[0] : starts[-1]].reshape(-1, *shape)

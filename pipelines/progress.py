@@ -9,6 +9,9 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 log = logging.getLogger("brickyard.train")
 
+SAY_EVERY_S = 5.0
+"""Between two lines of an ingest."""
+
 
 class TrainingProgress:
     """Says how far a run is; ``close`` it at the end."""
@@ -46,3 +49,28 @@ class TrainingProgress:
         """Leave the terminal as it was."""
         if self._bar:
             self._bar.stop()
+
+
+class IngestProgress:
+    """Says in a line now and then how far an ingest is; the bytes of its parts tell what is left."""
+
+    def __init__(self, part_bytes: dict[int, int]) -> None:
+        self._left, self._all = dict(part_bytes), max(1, sum(part_bytes.values()))
+        self._images, self._bad = 0, 0
+        self._began = self._said = time.monotonic()
+
+    def update(self, part: int, images: int, bad: int) -> None:
+        """Take what became of a part."""
+        self._images, self._bad = self._images + images, self._bad + bad
+        del self._left[part]
+        now = time.monotonic()
+        if now - self._said < SAY_EVERY_S and self._left:
+            return
+        self._said, seconds = now, max(now - self._began, 1e-3)
+        left = sum(self._left.values())
+        minutes = seconds * left / max(self._all - left, 1) / 60
+        words = (
+            f"{self._images:,} images · {self._images / seconds:,.0f} images/s · {self._bad:,} quarantined · "
+            f"{100 * (1 - left / self._all):.0f} % of the bytes · {minutes:.1f} min left"
+        )
+        logging.getLogger("brickyard.ingest").info("%s", words)

@@ -9,7 +9,8 @@ from models.network import build
 from pipelines import checkpoints
 from pipelines.config import TrainJob
 from pipelines.digits import DIGITS, LABELS
-from pipelines.ingest import IngestPlan
+from pipelines.images import View
+from pipelines.ingest_plan import IngestPlan
 from pipelines.storage import Folder
 from pipelines.tracking import reach, resolve_uri
 from pipelines.training import RUN, check_claim, check_labels, check_shape, data_source, find_data
@@ -24,31 +25,32 @@ def dry_run(job: TrainJob) -> dict[str, Any]:
     """
     if job.data.builtin == "digits" and not data_source(job).names():
         form = job.data.ingest
-        images, side, channels = DIGITS, form.side, int(form.channels)
+        view = job.data.view(form.side, form.channels)
+        images: int | None = DIGITS  # None: only an ingest will tell
         check_labels(job, LABELS)
     else:
         _, data = find_data(job)
         manifest = data.finished() if isinstance(data, IngestPlan) else data
         if manifest and job.run.exists(RUN):
             check_claim(job, manifest)
-        images = len(data.paths) if isinstance(data, IngestPlan) else data.rows
+        images = data.images if isinstance(data, IngestPlan) else data.rows
         shape = data.config if isinstance(data, IngestPlan) else data
-        side, channels = shape.side, int(shape.channels)
-    check_shape(job, side, channels)
+        view = job.data.view(shape.side, shape.channels)
+    check_shape(job, view)
     found = checkpoints.newest(job.run)
     return {
         "dry_run": True,
         "images_in_data": images,
-        "epochs": round(job.fit.images / images, 1),
+        "epochs": round(job.fit.images / images, 1) if images else None,
         "steps": job.fit.images // job.fit.batch_images,
         "starts_at": found[1].position if found else 0,
-        "memory_per_worker_bytes": memory_per_worker(job, side, channels),
+        "memory_per_worker_bytes": memory_per_worker(job, view),
         "tracker": reach(resolve_uri(job.tracking, Folder(job.root))),
         "run": job.run.url,
     }
 
 
-def memory_per_worker(job: TrainJob, side: int, channels: int) -> int:
+def memory_per_worker(job: TrainJob, view: View) -> int:
     """Estimate what a worker's model, gradient, optimizer, averages and saved activations take, in bytes."""
     saved: dict[int, int] = {}
 
@@ -57,8 +59,8 @@ def memory_per_worker(job: TrainJob, side: int, channels: int) -> int:
         return tensor
 
     with torch.device("meta"):
-        model = build(job.network, channels, side, classes=int(job.network.labels))
-        x = torch.empty(job.fit.micro_images, channels, side, side)
+        model = build(job.network, view.channels, view.side, classes=int(job.network.labels))
+        x = torch.empty(job.fit.micro_images, view.channels, view.side, view.side)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             model(x, torch.zeros(len(x), dtype=torch.long))
     weights = sum(p.numel() * p.element_size() for p in model.parameters())

@@ -68,6 +68,7 @@ def plan_samples(job: SampleJob) -> SamplePlan:
         "checkpoint": trained.folder.url,
         "checkpoint_digest": checkpoint.digest,
         "position": checkpoint.position,
+        "zoom": trained.view.zoom,
         "tracking_uri": checkpoint.tracking_uri,
         "tracking_run": checkpoint.tracking_run,
         "data_digest": checkpoint.data_digest,

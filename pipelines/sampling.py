@@ -192,8 +192,7 @@ def draw_strip(plan: SamplePlan) -> Pixels:
     if not trained.checkpoint.data_url:
         raise DataError("it is not on record what the network was trained on")
     folder = Folder(trained.checkpoint.data_url)
-    pixels, _ = Manifest.load(folder).read(folder, np.array([0]))
-    x_0 = pixels_to_x_0(torch.tensor(pixels))
+    x_0 = pixels_to_x_0(torch.tensor(Manifest.load(folder).read(folder, np.array([0]), trained.view).image))
     network = trained.network(averaged=draw.weights == "ema", std=draw.ema_std)
     eps_theta = trained.eps_theta(network, plan.labels(torch.tensor(plan.seeds[:1])), draw.guidance)
     respaced = trained.schedule().respaced(draw.steps, draw.spacing)

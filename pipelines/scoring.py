@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pipelines.cluster import cluster
 from pipelines.config import ScoreJob
 from pipelines.errors import ConfigurationError, DataError
-from pipelines.images import Pixels
+from pipelines.images import Pixels, View
 from pipelines.manifest import Manifest
 from pipelines.sampling import MANIFEST, SUCCESS, read_samples
 from pipelines.storage import Folder
@@ -112,11 +112,12 @@ class DataShards:
 
     folder: Folder
     manifest: Manifest
+    view: View
 
     def __call__(self, shard: int) -> Pixels:
         start = sum(s.rows for s in self.manifest.shards[:shard])
-        pixels, _ = self.manifest.read(self.folder, np.arange(start, start + self.manifest.shards[shard].rows))
-        return pixels
+        rows = np.arange(start, start + self.manifest.shards[shard].rows)
+        return self.manifest.read(self.folder, rows, self.view).image
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,8 @@ class Comparison:
     about: dict[str, Any]
     reference: Folder
     manifest: Manifest
+    view: View
+    """How the network saw the pictures of the data set."""
 
     @staticmethod
     def find(samples: Folder, reference: Folder | None) -> "Comparison":
@@ -160,16 +163,17 @@ class Comparison:
         reference = reference or Folder(about["lineage"]["data_url"])
         manifest = Manifest.load(reference)
         channels, height, width = about["shape"]
-        if manifest.shape != (height, width, channels):
+        if manifest.channels != channels or 0 < manifest.side < height:
             raise DataError(
                 f"samples are {height} x {width} x {channels}, the images of {reference.url} are "
                 f"{' x '.join(map(str, manifest.shape))}; they cannot be compared"
             )
+        view = View(side=height, channels=channels, zoom=about["lineage"].get("zoom", 1.0))
         if channels * height * width > MAX_FEATURES:
             raise DataError(
                 f"pixels serve as features up to {MAX_FEATURES} of them; these have {channels * height * width}"
             )
-        return Comparison(samples, about, reference, manifest)
+        return Comparison(samples, about, reference, manifest, view)
 
 
 def score(comparison: Comparison) -> dict[str, Any]:
@@ -178,7 +182,7 @@ def score(comparison: Comparison) -> dict[str, Any]:
     names = tuple(file["name"] for file in about["files"])
     with cluster():
         drawn = moments_of(SampleShards(samples, names, tuple(about["shape"])), len(names))
-        real = moments_of(DataShards(comparison.reference, manifest), len(manifest.shards))
+        real = moments_of(DataShards(comparison.reference, manifest, comparison.view), len(manifest.shards))
     return {
         "frechet_distance": frechet_distance(drawn, real),
         "features": "pixels in [0, 1]",

@@ -1,16 +1,18 @@
 """Folders of objects at any URL that fsspec knows: the one place that touches storage.
 
-Two promises are built on here. A :meth:`Folder.put` is seen whole or not at all, so a reader never meets half a file;
-and of several writers that :meth:`Folder.create` the same name one wins and the others learn it.
+Three promises are built on here. A :meth:`Folder.put` is seen whole or not at all, so a reader never meets half a file;
+of several writers that :meth:`Folder.create` the same name one wins and the others learn it; and what storage may do
+better a little later is asked for again (:mod:`pipelines.retries`), so that an error is one that stays.
 """
 
+import asyncio
 import contextlib
 import difflib
 import errno
 import os
 import tempfile
+import uuid
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,12 +20,18 @@ from typing import IO, Any, NamedTuple
 from urllib.parse import urlsplit
 
 import fsspec
+from fsspec.asyn import sync
 from fsspec.implementations.local import LocalFileSystem
 
-from pipelines.errors import ConfigurationError, DamagedError, DataError, TryAgainError
+from pipelines.errors import ConfigurationError
+from pipelines.retries import answers_head, error_code, explained
 
 FETCHERS = 16
-"""Objects that are fetched at once."""
+"""Objects, or ranges of one, that are fetched at once."""
+PIECE_BYTES = 16 << 20
+"""What a download asks for at a time, and a half of what an upload sends in one request."""
+Part = tuple[str, int | None, int | None]
+"""The name of an object and the range of it that is meant: start and stop, or None and None."""
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)  # reading it is setting it
 
@@ -53,24 +61,6 @@ def absolute(url: str) -> str:
     return "file://" + os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111  (resolve() follows links)
 
 
-@contextlib.contextmanager
-def _told(url: str) -> Iterator[None]:
-    """Turn what a storage client raises into a DataError that names the URL."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise DamagedError(f"{url} does not exist") from error
-    except (ConfigurationError, DataError):
-        raise
-    except (TimeoutError, ConnectionError) as error:
-        raise TryAgainError(f"{url} does not answer: {type(error).__name__}: {error}; try again later") from error
-    except Exception as error:  # every storage client has exceptions of its own
-        raise DataError(
-            f"{url} cannot be read or written: {type(error).__name__}: {error}; check the address, the credentials and "
-            "their rights"
-        ) from error
-
-
 @dataclass(frozen=True)
 class Folder:
     """A folder at a URL. Names are relative to it, with ``/`` between parts; a missing folder is an empty one.
@@ -78,6 +68,7 @@ class Folder:
     Raises:
         ConfigurationError: at first use, if there is no driver for the URL's scheme.
         DataError: from any method, if storage refuses or the object is missing.
+        TryAgainError: from any method, if storage does not answer for long, or the credentials have expired.
     """
 
     url: str
@@ -97,6 +88,10 @@ class Folder:
         """The fsspec file system of the URL."""
         scheme = urlsplit(self.url).scheme
         try:
+            if scheme in ("s3", "s3a"):
+                from pipelines.s3 import filesystem  # half a second of imports that a local folder does not need
+
+                return filesystem()
             # Other processes write here too: what was listed a moment ago is not what is there.
             return fsspec.filesystem(scheme, use_listings_cache=False)
         except ImportError as error:
@@ -121,75 +116,122 @@ class Folder:
         """Return the path of an object as its file system knows it."""
         return f"{self._root}/{name}" if name else self._root
 
+    @property
+    def _is_s3(self) -> bool:
+        return "s3" in self.filesystem.protocol
+
     def exists(self, name: str) -> bool:
-        with _told(f"{self.url}/{name}"):
+        with self._told(name):
             return bool(self.filesystem.exists(self.path(name)))
 
     def get(self, name: str) -> bytes:
         """Return the bytes of an object."""
-        with _told(f"{self.url}/{name}"):
-            return bytes(self.filesystem.cat_file(self.path(name)))
+        return self._fetch([(name, None, None)])[0]
 
     def get_range(self, name: str, start: int, stop: int) -> bytes:
-        """Return the bytes [start, stop) of an object."""
-        with _told(f"{self.url}/{name}"):
-            return bytes(self.filesystem.cat_file(self.path(name), start=start, end=stop))
+        """Return the bytes [start, stop) of an object, fewer where it ends before."""
+        return self.get_ranges(name, [(start, stop)])[0]
 
     def get_many(self, names: list[str]) -> list[bytes]:
-        """Return the bytes of several objects, fetched side by side."""
-        with ThreadPoolExecutor(FETCHERS) as pool:
-            return list(pool.map(self.get, names))
+        """Return the bytes of several objects in the order asked for, fetched side by side."""
+        return self._fetch([(name, None, None) for name in names])
+
+    def get_ranges(self, name: str, ranges: list[tuple[int, int]]) -> list[bytes]:
+        """Return several ranges of an object, each [start, stop), in the order asked for, fetched side by side."""
+        return self._fetch([(name, start, stop) for start, stop in ranges])
 
     def open(self, name: str) -> IO[bytes]:
-        """Open an object for random reads."""
-        with _told(f"{self.url}/{name}"):
-            return self.filesystem.open(self.path(name), "rb")  # type: ignore[no-any-return]
+        """Open an object for random reads, each of which is a request of its own: ask for much at once."""
+        with self._told(name):
+            # By default s3fs reads 50 MB ahead, at every jump.
+            return self.filesystem.open(self.path(name), "rb", cache_type="none")  # type: ignore[no-any-return]
 
     def download(self, name: str, to: Path) -> None:
-        with _told(f"{self.url}/{name}"):
-            self.filesystem.get_file(self.path(name), str(to))
+        """Copy an object to a file, in pieces: it may be larger than memory."""
+        if not self.filesystem.async_impl:
+            with self._told(name):
+                self.filesystem.get_file(self.path(name), str(to))
+            return
+        with self._told(name), to.open("wb") as file:
+            size = int(self.filesystem.info(self.path(name))["size"])
+            pieces = [(start, min(start + PIECE_BYTES, size)) for start in range(0, size, PIECE_BYTES)]
+            for first in range(0, len(pieces), FETCHERS // 2):
+                file.writelines(self.get_ranges(name, pieces[first : first + FETCHERS // 2]))
+
+    def _fetch(self, parts: list[Part]) -> list[bytes]:
+        client = self.filesystem
+        if not client.async_impl:  # a file: threads would cost three times the CPU and gain nothing
+
+            def read(name: str, start: int | None, stop: int | None) -> bytes:
+                with self._told(name):
+                    return b"" if _is_nothing(start, stop) else bytes(client.cat_file(self.path(name), start, stop))
+
+            return [read(*part) for part in parts]
+
+        gate = asyncio.Semaphore(FETCHERS)
+
+        async def fetch(name: str, start: int | None, stop: int | None) -> bytes:
+            async with gate:
+                with self._told(name):
+                    if _is_nothing(start, stop):
+                        return b""
+                    return bytes(await client._cat_file(self.path(name), start=start, end=stop))
+
+        async def together() -> list[bytes]:
+            tasks = [asyncio.ensure_future(fetch(*part)) for part in parts]
+            try:
+                return await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:  # after an error nobody waits for the others
+                    task.cancel()
+
+        return sync(client.loop, together)  # type: ignore[no-any-return]
 
     def put(self, name: str, data: bytes) -> None:
         """Write an object, whole or not at all, over whatever had its name."""
-        with _told(f"{self.url}/{name}"):
+        with self._told(name):
             if self.is_local:
                 with _complete_file(self.path(name), data) as written:
                     os.replace(written, self.path(name))  # noqa: PTH105
             else:
-                self.filesystem.pipe_file(self.path(name), data)
+                self.filesystem.pipe_file(self.path(name), data, **self._upload())
 
     def create(self, name: str, data: bytes) -> bool:
         """Write an object if there is none of its name. Return whether this call made it."""
         if not self.is_local and self.exists(name):  # a server that knows no conditional write would overwrite it
             return False
-        with _told(f"{self.url}/{name}"):
+        mark = uuid.uuid4().hex
+        with self._told(name):
             try:
                 if self.is_local:
                     with _complete_file(self.path(name), data) as written:
                         os.link(written, self.path(name))
                 else:
-                    self.filesystem.pipe_file(self.path(name), data, mode="create")
-            except FileExistsError:
-                return False
+                    self.filesystem.pipe_file(self.path(name), data, mode="create", **self._upload(mark))
             except OSError as error:
-                # What s3fs makes of the server's "412 Precondition Failed".
-                if error.errno == errno.EINVAL and self.exists(name):
-                    return False
-                raise
+                # EINVAL is what s3fs makes of the server's "412 Precondition Failed".
+                if not isinstance(error, FileExistsError) and not (error.errno == errno.EINVAL and self.exists(name)):
+                    raise
+                # What is there may be ours: written by an attempt whose answer was lost.
+                return self._is_s3 and self.filesystem.metadata(self.path(name)).get("writer") == mark
             return True
+
+    def _upload(self, mark: str = "") -> dict[str, Any]:
+        """Return what the client is told of an upload: how many parts at once, and who writes."""
+        if not self._is_s3:
+            return {}
+        return {"max_concurrency": FETCHERS // 2} | ({"Metadata": {"writer": mark}} if mark else {})
 
     def names(self) -> list[str]:
         """Return the names directly in this folder, sorted; sub-folders among them."""
-        with _told(self.url):
-            try:
-                found = self.filesystem.ls(self._root, detail=False, refresh=True)
-            except FileNotFoundError:
-                return []
+        found: list[str] = []
+        with self._told(), _missing_is_empty():
+            found = self.filesystem.ls(self._root, detail=False, refresh=True)
         return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in found if path.rstrip("/") != self._root)
 
     def find(self) -> list[Stored]:
         """Return every object below this folder, sorted by name."""
-        with _told(self.url):
+        with self._told():
             found = self.filesystem.find(self._root, detail=True)
         return sorted(
             Stored(path.removeprefix(self._root).lstrip("/"), int(info["size"]), _version(info))
@@ -198,9 +240,38 @@ class Folder:
 
     def delete(self) -> None:
         """Remove the folder and all that is in it."""
-        with _told(self.url):
-            if self.filesystem.exists(self._root):
-                self.filesystem.rm(self._root, recursive=True)
+        with self._told(), _missing_is_empty():
+            self.filesystem.rm(self._root, recursive=True)
+
+    @contextlib.contextmanager
+    def _told(self, name: str = "") -> Iterator[None]:
+        """Turn what a storage client raises into an error of ours that names the URL."""
+        url = f"{self.url}/{name}" if name else self.url
+        try:
+            try:
+                yield
+            except OSError as error:
+                if answers_head(error):  # which has no body to say why; a listing has
+                    with contextlib.suppress(FileNotFoundError):
+                        self.filesystem.ls(self._root, refresh=True)
+                raise
+        except Exception as error:  # every storage client has exceptions of its own
+            raise explained(url, error) from error
+
+
+def _is_nothing(start: int | None, stop: int | None) -> bool:
+    """Whether a range is empty: asked for one, some servers answer with the whole object."""
+    return start is not None and stop is not None and start >= stop
+
+
+@contextlib.contextmanager
+def _missing_is_empty() -> Iterator[None]:
+    """Let a folder that does not exist pass, but not a bucket that does not."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if error_code(error) == "NoSuchBucket":
+            raise
 
 
 def _version(info: dict[str, Any]) -> str:

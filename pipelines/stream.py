@@ -1,9 +1,8 @@
 """The deterministic stream: positions of a run to batches on workers, in one Ray Data execution.
 
-A lazy source of stretches of positions → read the stretch's rows, in plan order → blocks of equal size →
-``streaming_split``. With ``preserve_order`` the splitter deals equal blocks round robin: block j goes to worker
-j mod W. That is not trusted but checked: each image says which position it has, and :func:`batches` refuses any other
-than the one that is due.
+A lazy source of window numbers → read a window's rows, in plan order → blocks of equal size → ``streaming_split``.
+With ``preserve_order`` the splitter deals equal blocks round robin: block j goes to worker j mod W. That is not trusted
+but checked: each image says which position it has, and :func:`batches` refuses any other than the one that is due.
 
 What is in a block. A global batch of B images is B/b micro-batches of b. Blocks of one micro-batch each would do, but
 Ray spends milliseconds on a block however small it is. So G global batches are dealt together: block i of the group
@@ -13,9 +12,12 @@ holds the i-th micro-batch of each of them.
     batch s                                   micro 0    micro 1    micro 2    micro 3
     batch s+1                                 micro 4    micro 5    micro 6    micro 7
 
-Every W that divides B/b gets whole batches out of this, the same ones, and the layout knows nothing of W.
+Every W that divides B/b gets whole batches out of this, the same ones, and the layout knows nothing of W. Groups lie
+where positions are multiples of their size, whatever the position that a run starts at: what lies before it, or beyond
+the end, is neither read nor handed out, and stands in the block as zeros.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -25,17 +27,22 @@ import ray.data
 from numpy.typing import NDArray
 from ray.data import DataContext, Dataset, ExecutionOptions
 
-from pipelines.images import Pixels
-from pipelines.manifest import Manifest
-from pipelines.plan import Plan
+from pipelines.errors import DataError
+from pipelines.images import Pixels, View
+from pipelines.manifest import BadRow, Manifest, RowGroups
+from pipelines.plan import Plan, uniforms
+from pipelines.retries import retries
 from pipelines.storage import Folder
 
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 8 << 20
 """Pixels in a block, in bytes, up to which batches are dealt together."""
 MAX_BATCHES_TOGETHER = 32
-TASK_BYTES = 32 << 20
-"""Pixels that one read task delivers, in bytes: enough to be worth a task, small enough to have several at once."""
-MAX_TASK_ROWS = 8192
+ROW_BYTES = 32
+"""Bytes of a row beside its pixels."""
+PART_BYTES = 8 << 20
+"""Pixels that a read task decodes before it hands them out, in bytes."""
+QUARANTINE = "quarantine"
+"""The folder, in that of the data set, for what proves unusable while training: a file each, named by its row."""
 
 
 class Batch(NamedTuple):
@@ -44,11 +51,15 @@ class Batch(NamedTuple):
     position: NDArray[np.int64]
     """[b], contiguous and rising: the place of each image in the run."""
     row: NDArray[np.int64]
-    """[b], the row of the data set that the plan put there: the id in every ledger."""
+    """[b], the row of the data set that stands there: the id in every ledger."""
     label: NDArray[np.int64]
     """[b], an index into the manifest's labels, or -1."""
     image: Pixels
     """uint8 [b, H, W, C]."""
+    replaced: int = 0
+    """Images in it that could not be used, in whose place another stands."""
+    retried: int = 0
+    """Requests to storage that had to be repeated since the last batch."""
 
 
 class StreamOrderError(Exception):
@@ -57,7 +68,7 @@ class StreamOrderError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Deal:
-    """How a stretch of a run is cut into blocks."""
+    """How a stretch of a run is cut into windows, and those into blocks."""
 
     start: int
     """The first position, where a global batch starts."""
@@ -67,60 +78,111 @@ class Deal:
     """B, the global batch."""
     micro_images: int
     """b, what one worker computes at once; it divides B."""
+    window_batches: int
+    """Global batches of a window, a power of two: what one task reads, and what the plan shuffles into each other."""
     image_bytes: int
 
     def __post_init__(self) -> None:
         assert self.batch_images % self.micro_images == 0, self
         assert self.start % self.batch_images == 0 and self.stop % self.batch_images == 0, self
+        assert self.window_batches & (self.window_batches - 1) == 0 < self.window_batches, self
 
     @property
     def batches_together(self) -> int:
-        """G, chosen by the size of the images alone."""
+        """G, a power of two, chosen by the size of the images."""
         by_block = BLOCK_BYTES // (self.micro_images * self.image_bytes)
-        by_task = min(TASK_BYTES // self.image_bytes, MAX_TASK_ROWS) // self.batch_images
-        return max(1, min(by_block, by_task, MAX_BATCHES_TOGETHER))
+        return min(1 << max(by_block, 1).bit_length() - 1, MAX_BATCHES_TOGETHER, self.window_batches)
+
+    @property
+    def group_rows(self) -> int:
+        return self.batches_together * self.batch_images
 
     @property
     def block_rows(self) -> int:
         return self.batches_together * self.micro_images
 
     @property
-    def stretch_rows(self) -> int:
-        """Images of one read task: whole groups, or whole blocks where a group is a single batch."""
-        unit = self.batches_together * self.batch_images if self.batches_together > 1 else self.micro_images
-        return max(1, min(TASK_BYTES // self.image_bytes, MAX_TASK_ROWS) // unit) * unit
+    def windows(self) -> range:
+        """The numbers of the windows that hold any of the positions."""
+        rows = self.window_batches * self.batch_images
+        return range(self.start // rows, -(-self.stop // rows))
 
-    @property
-    def stretches(self) -> int:
-        # The last one may reach beyond the end of the run: the plan goes on for ever, and nobody takes those images.
-        return -(-(self.stop - self.start) // self.stretch_rows)
+    def positions(self, window: int) -> NDArray[np.int64]:
+        """Return the positions of a window's groups in the order of its blocks: int64 [groups * group_rows].
 
-    def positions(self, stretch: int) -> NDArray[np.int64]:
-        """Return the positions of a stretch in the order of its blocks, int64 [stretch_rows]."""
-        first = self.start + stretch * self.stretch_rows
-        shape = (-1, 1, 1, self.micro_images)
-        if self.batches_together > 1:
-            shape = (-1, self.batches_together, self.batch_images // self.micro_images, self.micro_images)
-        groups = np.arange(first, first + self.stretch_rows).reshape(shape)
+        Positions before the start and from the stop on may be among them, to make the groups whole.
+        """
+        rows = self.window_batches * self.batch_images
+        first = max(window * rows, self.start // self.group_rows * self.group_rows)
+        last = min((window + 1) * rows, -(-self.stop // self.group_rows) * self.group_rows)
+        micro_batches = self.batch_images // self.micro_images
+        groups = np.arange(first, last).reshape(-1, self.batches_together, micro_batches, self.micro_images)
         return groups.transpose(0, 2, 1, 3).ravel()
 
 
 @dataclass(frozen=True)
-class ReadStretch:
-    """The read task: the number of a stretch to its images."""
+class ReadWindow:
+    """The read task: the number of a window to its images."""
 
     folder: Folder
     manifest: Manifest
     plan: Plan
     deal: Deal
+    view: View
+    random_crop: bool
+    max_bad_share: float
 
-    def __call__(self, stretches: dict[str, NDArray[np.int64]]) -> Iterator[dict[str, Any]]:
-        for stretch in stretches["id"].tolist():
-            position = self.deal.positions(stretch)
-            first = int(position[0])
-            row = self.plan.rows(first, first + len(position))[position - first]
-            image, label = self.manifest.read(self.folder, row)
-            yield {"position": position, "row": row, "label": label, "image": image}
+    def __call__(self, windows: dict[str, NDArray[np.int64]]) -> Iterator[dict[str, Any]]:
+        for number in windows["id"].tolist():
+            for part in self.read(self.deal.windows[number]):
+                for first in range(0, len(part["position"]), self.deal.block_rows):
+                    yield {name: column[first : first + self.deal.block_rows] for name, column in part.items()}
+
+    def read(self, window: int) -> Iterator[dict[str, Any]]:
+        """Yield the columns of a window in the order of its blocks, a few groups at a time.
+
+        What is kept meanwhile is the window as it is stored, not as it is decoded.
+        """
+        kept: RowGroups = {}
+        groups = self.deal.positions(window).reshape(-1, self.deal.group_rows)
+        together = max(1, PART_BYTES // (self.deal.group_rows * self.deal.image_bytes))
+        for first in range(0, len(groups), together):
+            yield self._part(groups[first : first + together].ravel(), kept)
+
+    def _part(self, position: NDArray[np.int64], kept: RowGroups) -> dict[str, Any]:
+        before = retries()
+        wanted = np.flatnonzero((position >= self.deal.start) & (position < self.deal.stop))
+        due = position[wanted]
+        planned = self.plan.rows(int(due.min()), int(due.max()) + 1)[due - due.min()]
+        at = uniforms(self.plan.seed, "crop", due) if self.random_crop else None
+        found = self.manifest.read(self.folder, planned, self.view, at, kept)
+        self._quarantine(found.bad, len(planned))
+        columns: dict[str, Any] = {"position": position}
+        for name, values in (("row", found.row), ("label", found.label), ("image", found.image)):
+            columns[name] = values if len(due) == len(position) else _among(len(position), wanted, values)
+        columns["replaced"] = _among(len(position), wanted, planned != found.row)
+        columns["retried"] = np.zeros(len(position), np.int64)
+        columns["retried"][wanted[0]] = retries() - before
+        return columns
+
+    def _quarantine(self, bad: list[BadRow], images: int) -> None:
+        for one in bad:
+            # By its row: met again, by another task or in another epoch, it is the same object.
+            said = json.dumps(one._asdict(), ensure_ascii=False)
+            self.folder.put(f"{QUARANTINE}/{one.row:010d}.json", said.encode())
+        if len(bad) > self.max_bad_share * max(images, 1000):
+            raise DataError(
+                f"{len(bad)} of {images} images are unusable, more than data.ingest.max_bad_share = "
+                f"{self.max_bad_share} allows; the first: {bad[0].path}: {bad[0].reason}; raise the share, or mend the "
+                f"files that {self.folder.url}/{QUARANTINE} lists"
+            )
+
+
+def _among(rows: int, places: NDArray[np.int64], values: NDArray[Any]) -> NDArray[Any]:
+    """Return as many rows, with the values at their places and zeros elsewhere."""
+    whole = np.zeros((rows, *values.shape[1:]), values.dtype)
+    whole[places] = values
+    return whole
 
 
 def execution_options() -> ExecutionOptions:
@@ -128,18 +190,23 @@ def execution_options() -> ExecutionOptions:
     return ExecutionOptions(preserve_order=True)
 
 
-def open_stream(folder: Folder, manifest: Manifest, plan: Plan, deal: Deal) -> Dataset:
-    """Return the lazy Ray data set of a run's images, in the blocks of the deal."""
+def open_stream(read: ReadWindow, node_labels: dict[str, str] | None = None) -> Dataset:
+    """Return the lazy Ray data set of a run's images, in the blocks of the deal.
+
+    Args:
+        read: what each task does.
+        node_labels: labels that a node must have for the tasks to run there; any node if there are none.
+    """
     context = DataContext.get_current()
     context.execution_options = execution_options()
     context.enable_progress_bars = False
-    read = ReadStretch(folder, manifest, plan, deal)
-    return (
-        ray.data.range(deal.stretches, override_num_blocks=deal.stretches)
-        .map_batches(read, batch_size=None, zero_copy_batch=True)
-        # A streaming repartition does not merge rows across tasks: that is why a stretch is whole blocks.
-        .repartition(target_num_rows_per_block=deal.block_rows)
-    )
+    # Ray closes a block when it has more bytes than this, which what the task yields has: so a block is what it yields,
+    # and is on its way when it is yielded. (A repartition would cut the same blocks, but wait for the end of the task.)
+    context.target_max_block_size = read.deal.block_rows * (read.deal.image_bytes + ROW_BYTES - 8)
+    windows = len(read.deal.windows)
+    remote = {"label_selector": node_labels} if node_labels else {}
+    numbers = ray.data.range(windows, override_num_blocks=windows)
+    return numbers.map_batches(read, batch_size=None, zero_copy_batch=True, **remote)
 
 
 def batches(shard: Any, deal: Deal, rank: int, world: int) -> Iterator[Batch]:
@@ -156,14 +223,13 @@ def batches(shard: Any, deal: Deal, rank: int, world: int) -> Iterator[Batch]:
     """
     b, share = deal.micro_images, deal.batch_images // deal.micro_images // world
     blocks = iter(shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2 * share))
-    for group in range(deal.start, deal.stop, deal.batches_together * deal.batch_images):
+    for group in range(deal.start // deal.group_rows * deal.group_rows, deal.stop, deal.group_rows):
         mine = [next(blocks, None) for _ in range(share)]
         for batch in range(deal.batches_together):
             for turn, block in enumerate(mine):
                 due = group + batch * deal.batch_images + (turn * world + rank) * b
-                if due >= deal.stop:
-                    return
-                yield _micro_batch(block, slice(batch * b, (batch + 1) * b), due, rank, world)
+                if deal.start <= due < deal.stop:
+                    yield _micro_batch(block, slice(batch * b, (batch + 1) * b), due, rank, world)
 
 
 def _micro_batch(block: dict[str, Any] | None, rows: slice, due: int, rank: int, world: int) -> Batch:
@@ -172,4 +238,5 @@ def _micro_batch(block: dict[str, Any] | None, rows: slice, due: int, rank: int,
     position = block["position"][rows]
     if not np.array_equal(position, np.arange(due, due + rows.stop - rows.start)):
         raise StreamOrderError(f"worker {rank} of {world} was due the images from position {due} and got {position}")
-    return Batch(position, block["row"][rows], block["label"][rows], block["image"][rows])
+    replaced, retried = int(block["replaced"][rows].sum()), int(block["retried"][rows].sum())
+    return Batch(position, block["row"][rows], block["label"][rows], block["image"][rows], replaced, retried)

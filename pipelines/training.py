@@ -6,6 +6,7 @@ All of this runs in the driver; what the workers do is in :mod:`pipelines.worker
 import hashlib
 import json
 import logging
+import math
 import time
 import uuid
 from contextlib import ExitStack
@@ -22,7 +23,9 @@ from pipelines.config import SampleJob, TrainJob
 from pipelines.digits import write_digits
 from pipelines.errors import ConfigurationError, checked
 from pipelines.exchange import write_pipeline
-from pipelines.ingest import IngestPlan, ingest
+from pipelines.images import View
+from pipelines.ingest import ingest
+from pipelines.ingest_plan import IngestPlan
 from pipelines.lineage import Trained, git_revision
 from pipelines.manifest import NAME, Manifest
 from pipelines.plain import flatten, to_dict, to_yaml
@@ -81,9 +84,8 @@ def in_words(summary: dict[str, Any]) -> str:
 
 
 def _train_on(job: TrainJob, data: Folder, manifest: Manifest) -> dict[str, Any]:
-    log.info(
-        "data: %d images of %s, digest %s", manifest.rows, "x".join(map(str, manifest.shape)), manifest.digest[:12]
-    )
+    shape = job.data.view(manifest.side, manifest.channels).shape
+    log.info("data: %d images, seen at %s, digest %s", manifest.rows, "x".join(map(str, shape)), manifest.digest[:12])
     run_id, start = claim(job, manifest)
     tracker = open_tracker(
         job.tracking,
@@ -144,29 +146,30 @@ def find_data(job: TrainJob) -> tuple[Folder, Manifest | IngestPlan]:
     source = data_source(job)
     if source.exists(NAME):
         manifest = Manifest.load(source)
-        check_shape(job, manifest.side, manifest.channels)
+        check_shape(job, job.data.view(manifest.side, manifest.channels))
         check_labels(job, manifest.labels)
         return source, manifest
-    check_shape(job, job.data.ingest.side, job.data.ingest.channels)
+    check_shape(job, job.data.view(job.data.ingest.side, job.data.ingest.channels))
     if job.data.builtin == "digits":
         write_digits(source)
     out = data_folder(job)
     found = IngestPlan.make(source, out, job.data.ingest)
-    check_labels(job, found.labels)
+    if found.labels is not None:
+        check_labels(job, found.labels)
     return out, found
 
 
-def check_shape(job: TrainJob, side: int, channels: int) -> None:
-    """Raise ConfigurationError unless the network, and the score if there is to be one, take images of this shape."""
+def check_shape(job: TrainJob, view: View) -> None:
+    """Raise ConfigurationError unless the network, and the score if there is to be one, take pictures so seen."""
     with checked():
-        job.network.check_side(side)
-    pixels = side * side * channels
+        job.network.check_side(view.side)
+    pixels = math.prod(view.shape)
     if job.evaluate_images and pixels > MAX_FEATURES:
         raise ConfigurationError(
             f"evaluate_images is {job.evaluate_images}; the score knows pixels only, up to {MAX_FEATURES} of them, and "
             f"these images have {pixels}: give --evaluate-images 0, and draw samples with jobs/sample.py"
         )
-    for sentence in job.network.idle_settings(side):
+    for sentence in job.network.idle_settings(view.side):
         log.warning("%s", sentence)
 
 
@@ -199,7 +202,7 @@ def identity(job: TrainJob, manifest: Manifest) -> dict[str, Any]:
     everything = flatten(to_dict(job))
     may_change = ("name", "root", "fit.images", "fit.micro_images", "fit.log_images", "fit.checkpoint_images",
                   "fit.grid_images", "evaluate_images", "keep_checkpoints")  # fmt: skip
-    groups = ("data.url", "data.builtin", "data.ingest.", "scaling.", "tracking.", "draw.")
+    groups = ("data.url", "data.builtin", "data.ingest.", "data.node_labels", "scaling.", "tracking.", "draw.")
     kept = {k: v for k, v in everything.items() if k not in may_change and not k.startswith(groups)}
     return kept | {"data digest": manifest.digest}
 
@@ -238,13 +241,14 @@ def check_claim(job: TrainJob, manifest: Manifest) -> None:
 
 def describe(job: TrainJob, data: Folder, manifest: Manifest, tracker: Tracker) -> Checkpoint:
     """Return the manifest of the run's checkpoints, but for the position and the files."""
+    view = job.data.view(manifest.side, manifest.channels)
     return Checkpoint(
         position=0,
         files={},
         config=to_dict(job),
         data_digest=manifest.digest,
         data_url=data.url,
-        shape=(manifest.channels, manifest.side, manifest.side),
+        shape=(view.channels, view.side, view.side),
         labels=manifest.labels,
         tracking_uri=without_password(resolve_uri(job.tracking, Folder(job.root))),
         tracking_run=tracker.run_id,
@@ -255,7 +259,8 @@ def describe(job: TrainJob, data: Folder, manifest: Manifest, tracker: Tracker) 
 def count_parameters(job: TrainJob, manifest: Manifest) -> int:
     """Return the number of the network's parameters, without making them."""
     with torch.device("meta"):
-        model = build(job.network, manifest.channels, manifest.side, len(manifest.labels))
+        view = job.data.view(manifest.side, manifest.channels)
+        model = build(job.network, view.channels, view.side, len(manifest.labels))
         return sum(p.numel() for p in model.parameters())
 
 

@@ -34,12 +34,13 @@ from pipelines.checkpoints import Checkpoint
 from pipelines.config import TrainJob
 from pipelines.errors import ConfigurationError, DataError, TryAgainError
 from pipelines.fit import DivergedError, State, fit, new_state, x_0_to_pixels
+from pipelines.images import View
 from pipelines.manifest import Manifest
 from pipelines.pictures import contact_sheet
-from pipelines.plan import Plan
+from pipelines.plan import Plan, window_batches
 from pipelines.progress import TrainingProgress
 from pipelines.storage import Folder
-from pipelines.stream import Deal, batches, execution_options, open_stream
+from pipelines.stream import Deal, ReadWindow, batches, execution_options, open_stream
 from pipelines.tracking import Tracker
 from pipelines.world import World
 
@@ -102,21 +103,36 @@ class TrainTask:
     about: Checkpoint
     wire: Queue
 
+    @property
+    def view(self) -> View:
+        return self.job.data.view(self.manifest.side, self.manifest.channels)
+
     def deal(self, position: int) -> Deal:
-        fit_config = self.job.fit
+        fit_config, image_bytes = self.job.fit, math.prod(self.view.shape)
         return Deal(
             start=position,
             stop=fit_config.images,
             batch_images=fit_config.batch_images,
             micro_images=fit_config.micro_images,
-            image_bytes=math.prod(self.manifest.shape),
+            window_batches=window_batches(self.job.data.window_bytes, self.manifest.row_bytes, fit_config.batch_images),
+            image_bytes=image_bytes,
         )
 
     def open(self) -> ray.data.Dataset:
         """Open the stream where the newest valid checkpoint is. Called by the controller at each start."""
         found = checkpoints.newest(self.job.run)
-        plan = Plan(self.job.seed, self.manifest.rows, self.manifest.row_group_rows, self.job.data.window_chunks)
-        return open_stream(self.data, self.manifest, plan, self.deal(found[1].position if found else 0))
+        deal, config = self.deal(found[1].position if found else 0), self.job.data
+        rows = deal.window_batches * deal.batch_images
+        read = ReadWindow(
+            folder=self.data,
+            manifest=self.manifest,
+            plan=Plan(self.job.seed, self.manifest.rows, self.manifest.row_group_rows, rows),
+            deal=deal,
+            view=self.view,
+            random_crop=config.crop == "random",
+            max_bad_share=config.ingest.max_bad_share,
+        )
+        return open_stream(read, dict(label.split("=", 1) for label in config.node_labels))
 
 
 @dataclass(frozen=True)
@@ -156,8 +172,8 @@ def train_worker(task: TrainTask) -> None:
     torch.set_num_threads(job.scaling.threads_per_worker)
     context = ray.train.get_context()
     world = World(context.get_world_rank(), context.get_world_size(), get_device())
-    height, _, channels = task.manifest.shape
-    model = empty(lambda: build(job.network, channels, height, len(task.manifest.labels)))
+    side, _, channels = task.view.shape
+    model = empty(lambda: build(job.network, channels, side, len(task.manifest.labels)))
     initialize(model, job.seed)  # weights: 1. a function of the seed …
     model = model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     schedule = job.schedule.tables()
@@ -270,7 +286,9 @@ class Record:
     def _take(self, message: Message) -> None:
         match message:
             case Report(position, metrics):
-                self.last = {"loss": metrics["loss"], "images_per_s": round(metrics["images_per_s"], 1)}
+                self.last |= {"loss": metrics["loss"], "images_per_s": round(metrics["images_per_s"], 1)}
+                for name in ("images_replaced", "storage_retries"):
+                    self.last[name] = self.last.get(name, 0) + metrics[name]
                 self._progress.update(position, metrics)
                 self._tracker.metrics(metrics, position)
             case Picture(position, samples):

@@ -1,5 +1,10 @@
 import os
+import re
+import socket
+import subprocess
+import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 # Before Ray is imported: the tests are not its field study, and warnings of its own future are not ours to mend.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -10,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+
+from pipelines.storage import Folder
 
 settings.register_profile("brickyard", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("brickyard")
@@ -28,6 +35,46 @@ def ray_cluster() -> Iterator[None]:
     ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
+
+
+def free_ports(several: int) -> int:
+    """The first of several ports in a row that nobody listens on; below those that the system deals out."""
+    for first in range(20000 + os.getpid() % 500 * several, 32000, several):
+        try:
+            for port in range(first, first + several):
+                with socket.socket() as taken:
+                    taken.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+        return first
+    raise AssertionError("no free ports")
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The endpoint of a real S3 server with an empty bucket `yard`; the environment of this process knows it."""
+    from pipelines.s3 import filesystem
+
+    script = Path(__file__).parents[1] / "infra" / "local" / "s3.sh"
+    where = [str(tmp_path_factory.mktemp("s3")), str(free_ports(13))]
+    context = pytest.MonkeyPatch()
+    try:
+        done = subprocess.run([script, "up", *where], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        for name, value in re.findall(r"(AWS_\w+)=(\S+)", done.stdout):
+            context.setenv(name, value)
+        context.delenv("AWS_ENDPOINT_URL_S3", raising=False)
+        filesystem().mkdir("yard")
+        yield os.environ["AWS_ENDPOINT_URL"]
+    finally:
+        context.undo()
+        subprocess.run([script, "wipe", *where], check=True)
+
+
+@pytest.fixture
+def s3(s3_server: str) -> Folder:
+    """An empty folder on a real S3 server."""
+    return Folder(f"s3://yard/{uuid.uuid4().hex}")
 
 
 @pytest.fixture(scope="session")

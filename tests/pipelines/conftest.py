@@ -2,7 +2,9 @@ from pathlib import Path
 
 import pytest
 
+from pipelines import ingest
 from pipelines.fit import FitConfig
+from pipelines.parts import do
 from pipelines.storage import Folder
 from tests.pipelines.helpers import FIT
 
@@ -15,3 +17,9 @@ def folder(tmp_path: Path) -> Folder:
 @pytest.fixture
 def tiny_fit() -> FitConfig:
     return FIT
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the tasks of an ingest run in this process: what they do is the same, and Ray need not start."""
+    monkeypatch.setattr(ingest, "do", lambda parts, task, on_cluster: do(parts, task, False))

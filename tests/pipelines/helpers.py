@@ -1,8 +1,9 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import ray
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from models.unet import UNet, UNetConfig
 from pipelines.checkpoints import Checkpoint
 from pipelines.fit import FitConfig, State, new_state
 from pipelines.plan import Plan
-from pipelines.stream import Batch
+from pipelines.stream import Batch, ReadWindow
 
 TINY = UNetConfig(channels=8, multipliers=(1, 2), blocks=1, attention=(4,), groups=4)
 
@@ -67,7 +68,7 @@ def micro_batches(
     pixels: np.ndarray, config: FitConfig, start: int = 0, rank: int = 0, world: int = 1
 ) -> Iterator[Batch]:
     """What the stream delivers, from memory."""
-    plan = Plan(0, len(pixels), 128, 4)
+    plan = Plan(0, len(pixels), 128, 512)
     for first in range(start + rank * config.micro_images, config.images, world * config.micro_images):
         row = plan.rows(first, first + config.micro_images)
         yield Batch(np.arange(first, first + config.micro_images), row, row % 10, pixels[row])
@@ -92,3 +93,12 @@ class Ear:
         self.checkpoints.append(state.position)
         if self._on_checkpoint:
             self._on_checkpoint(state)
+
+
+class WhereItReads(ReadWindow):
+    """Leaves the id of its node behind for each window that it reads."""
+
+    def read(self, window: int) -> Iterator[dict[str, Any]]:
+        node = ray.get_runtime_context().get_node_id()
+        self.folder.put(f"nodes/{window}", node.encode())
+        return super().read(window)

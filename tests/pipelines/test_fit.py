@@ -37,7 +37,8 @@ def test_it_speaks_when_it_should(digits: Digits, tiny_fit: FitConfig) -> None:
     assert grid.shape == (64, 1, 8, 8) and grid.abs().max() < 1.001
     bands = {f"loss_band_{i}_of_4" for i in range(1, 5)}
     assert set(ear.reports[0][1]) == bands | {
-        "loss", "gradient_norm", "learning_rate", "images_per_s", "data_wait_percent"
+        "loss", "gradient_norm", "learning_rate", "images_per_s", "data_wait_percent", "images_replaced",
+        "storage_retries",
     }  # fmt: skip
 
 

@@ -113,14 +113,14 @@ def test_a_label_is_dropped_or_not_by_its_position(tiny_fit: FitConfig) -> None:
         heard.append(label)
         return x
 
-    config, position, label = replace(tiny_fit, label_dropout=0.25), torch.arange(4000), np.arange(4000) % 10
+    config, position, label = replace(tiny_fit, label_dropout=0.25), torch.arange(4000), torch.arange(4000) % 10
     order = torch.randperm(4000, generator=torch.Generator().manual_seed(0))
     for which in (torch.arange(4000), order):
         told_labels(network, label[which], 0, position[which], config)(torch.zeros(1), torch.zeros(1))  # type: ignore[arg-type]
     assert torch.equal(heard[1], heard[0][order])
     dropped = heard[0] == -1
     assert 0.22 < dropped.double().mean() < 0.28
-    assert torch.equal(heard[0][~dropped], torch.tensor(label)[~dropped])
+    assert torch.equal(heard[0][~dropped], label[~dropped])
 
 
 @pytest.mark.parametrize(("share", "dropped"), [(0.0, 0), (1.0, 1000)])
@@ -128,7 +128,9 @@ def test_none_or_all_labels_are_dropped(share: float, dropped: int, tiny_fit: Fi
     heard: list[torch.Tensor] = []
     config = replace(tiny_fit, label_dropout=share)
     network = lambda x, t, label: heard.append(label)  # noqa: E731
-    told_labels(network, np.zeros(1000, np.int64), 0, torch.arange(1000), config)(torch.zeros(1), torch.zeros(1))  # type: ignore[arg-type]
+    told_labels(network, torch.zeros(1000, dtype=torch.int64), 0, torch.arange(1000), config)(
+        torch.zeros(1), torch.zeros(1)
+    )  # type: ignore[arg-type]
     assert int((heard[0] == -1).sum()) == dropped
 
 

@@ -8,13 +8,98 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from pipelines.images import BadImageError, decode, encode, read_picture
+from pipelines.errors import ConfigurationError
+from pipelines.images import BadImageError, Pixels, View, decode, encode, read_picture
 
 
 def file(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def exact(pixels: Pixels, view: View, at: tuple[float, float]) -> Pixels:
+    """The view as its words say it: resize the whole picture, then cut, in so fine a grid that rounding is nothing."""
+    height, width = pixels.shape[:2]
+    scale = view.zoom * view.side / min(height, width)
+    top, left = (at[0] * (height - view.side / scale), at[1] * (width - view.side / scale))
+    box = (left, top, left + view.side / scale, top + view.side / scale)
+    crop = Image.fromarray(pixels).transform(
+        (view.side * 6,) * 2, Image.Transform.EXTENT, box, Image.Resampling.BICUBIC
+    )
+    return np.asarray(crop.resize((view.side,) * 2, Image.Resampling.BOX))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("side", [16, 53, 64, 100])
+@pytest.mark.parametrize("at", [(0.5, 0.5), (1.0, 1.0), (0.1, 0.8)])
+@pytest.mark.parametrize("zoom", [1.0, 1.25])
+def test_a_view_is_what_it_says(kind: str, side: int, at: tuple[float, float], zoom: float) -> None:
+    photograph = load_sample_image("china.jpg")  # 427 × 640
+    view = View(side=side, channels=3, zoom=zoom)
+    seen = view.of_file(file(Image.fromarray(photograph), kind, quality=95), at)
+    assert seen.shape == view.shape == (side, side, 3) and seen.dtype == np.uint8
+    wanted = exact(photograph, view, at).astype(int)
+    assert np.abs(seen.astype(int) - wanted).mean() < 10
+    others = [exact(photograph, view, other).astype(int) for other in ((0.5, 0.3), (0.5, 0.6))]
+    assert all(np.abs(seen.astype(int) - other).mean() > 2 * np.abs(seen - wanted).mean() for other in others)
+
+
+@pytest.mark.parametrize("side", [8, 26, 27, 53, 54, 106, 107, 213, 214, 300])
+@pytest.mark.parametrize("zoom", [1.0, 1.25, 2.0])
+def test_a_jpeg_is_decoded_no_smaller_than_it_is_needed(
+    side: int, zoom: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """427 pixels: at an eighth 54, a quarter 107, a half 214; never smaller than side · zoom, nor twice as large."""
+    decoded: list[int] = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, *args, **rest: decoded.append(min(self.size)) or resize(self, *args, **rest)
+    )
+    View(side=side, channels=3, zoom=zoom).of_file(file(Image.fromarray(load_sample_image("china.jpg")), "JPEG"))
+    needed = side * zoom
+    assert decoded[0] == min(size for size in (54, 107, 214, 427) if size > needed or size == 427)
+
+
+@given(
+    height=st.integers(1, 40),
+    width=st.integers(1, 40),
+    side=st.integers(1, 30),
+    zoom=st.floats(1, 8),
+    at=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    channels=st.sampled_from([1, 3]),
+)
+def test_every_view_has_its_shape(
+    height: int, width: int, side: int, zoom: float, at: tuple[float, float], channels: Any
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    view = View(side=side, channels=channels, zoom=zoom)
+    seen = view.of_pixels(pixels, at)
+    assert seen.shape == view.shape
+    assert np.array_equal(view.of_file(encode(pixels, "png"), at), seen)
+
+
+def test_where_nothing_is_resized_pixels_stay_what_they_are() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (72, 90, 3), np.uint8)
+    view = View(side=64, channels=3, zoom=72 / 64)
+    for at, top, left in (((0.5, 0.5), 4, 13), ((0, 0), 0, 0), ((1, 1), 8, 26), ((0.3, 0.9), 2, 23)):
+        cut = pixels[top : top + 64, left : left + 64]
+        assert np.array_equal(view.of_pixels(pixels, at), cut)
+        assert np.array_equal(view.of_file(encode(pixels, "png"), at), cut)
+
+
+def test_a_view_that_cannot_be_is_refused() -> None:
+    for side, zoom in ((0, 1.0), (8, 0.9), (8, float("nan"))):
+        with pytest.raises(ConfigurationError, match="of a view is"):
+            View(side=side, channels=3, zoom=zoom)
+
+
+def test_a_jpeg_keeps_the_colour_of_each_pixel() -> None:
+    columns = np.zeros((16, 16, 3), np.uint8)
+    columns[:, ::2, 0] = 255  # red and black in turn: 4:2:0 would make it one brown
+    data = encode(columns, "jpeg", 95)
+    assert np.abs(read_picture(data, channels=3, side=None).astype(int) - columns).mean() < 6
+    assert len(encode(columns, "jpeg", 20)) < len(data)
 
 
 @given(
@@ -104,5 +189,6 @@ def test_whatever_a_file_holds_nothing_else_is_raised(place: int, byte: int) -> 
     data[place] = byte
     try:
         assert read_picture(bytes(data), channels=3, side=8).shape == (8, 8, 3)
+        assert View(side=8, channels=1).of_file(bytes(data)).shape == (8, 8, 1)
     except BadImageError as error:
         assert str(error)

@@ -22,7 +22,8 @@ from pipelines.digits import write_digits
 from pipelines.errors import ConfigurationError, DataError
 from pipelines.fit import new_state
 from pipelines.images import decode
-from pipelines.ingest import IngestConfig, IngestPlan, ingest
+from pipelines.ingest import ingest
+from pipelines.ingest_plan import IngestConfig, IngestPlan
 from pipelines.plain import to_dict
 from pipelines.sample_plan import plan_samples
 from pipelines.sampling import draw_samples, dry_run, verify

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.errors import ConfigurationError, DataError
+from pipelines.errors import ConfigurationError, DataError, TryAgainError
 from pipelines.storage import Folder, absolute
 
 
@@ -46,14 +46,14 @@ def test_of_many_creators_one_wins(folder: Folder) -> None:
 
 
 def test_a_put_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = Folder(str(tmp_path))
+    folder = Folder(str(tmp_path / "store"))
     folder.put("a", b"old")
 
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DataError, match="No space left"):
+    with pytest.raises(DataError, match=r"store/a cannot be read or written: .*No space left.*; make room there"):
         folder.put("a", b"new")
     assert folder.get("a") == b"old"
     assert folder.names() == ["a"]
@@ -89,7 +89,8 @@ def test_a_scheme_without_its_driver_says_what_to_install() -> None:
 def test_storage_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"ENDPOINT_URL": "http://127.0.0.1:1", "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b"}.items():
         monkeypatch.setenv(f"AWS_{name}", value)
-    with pytest.raises(DataError, match=r"s3://bucket/x/y cannot be read or written: EndpointConnectionError"):
+    monkeypatch.setenv("BRICKYARD_RETRY_S", "0.1")
+    with pytest.raises(TryAgainError, match=r"GET http://127.0.0.1:1/bucket/x/y does not answer as it should"):
         Folder("s3://bucket/x").get("y")
 
 

@@ -1,20 +1,24 @@
-import hashlib
-import io
+import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.images import encode
-from pipelines.manifest import Manifest, Shard
-from pipelines.plan import Plan
+from pipelines.errors import DataError
+from pipelines.images import View, encode
+from pipelines.ingest import ingest
+from pipelines.ingest_plan import IngestConfig, IngestPlan
+from pipelines.manifest import Manifest
+from pipelines.plan import Plan, uniforms
+from pipelines.shards import PICTURES, ShardWriter
 from pipelines.storage import Folder
-from pipelines.stream import MAX_TASK_ROWS, TASK_BYTES, Deal, StreamOrderError, batches, open_stream
+from pipelines.stream import Batch, Deal, ReadWindow, StreamOrderError, batches, open_stream
 
 Digits = tuple[np.ndarray, np.ndarray]
 Ledger = dict[int, int]
@@ -26,22 +30,13 @@ def data(tmp_path_factory: pytest.TempPathFactory, digits: Digits) -> tuple[Fold
     """The digits in shards of uneven sizes, none of them a multiple of a row group."""
     folder, shards = Folder(str(tmp_path_factory.mktemp("digits"))), []
     for i, rows in enumerate(np.split(np.arange(1797), [500, 517, 1300])):
-        table = pa.table(
-            {
-                "image": [encode(picture, "raw") for picture in digits[0][rows]],
-                "label": pa.array(digits[1][rows], pa.int32()),
-                "path": [str(row) for row in rows],
-            }
-        )
-        buffer = io.BytesIO()
-        pq.write_table(table, buffer, row_group_size=128)
-        data = buffer.getvalue()
-        folder.put(f"{i}.parquet", data)
-        sha256 = hashlib.sha256(data).hexdigest()
-        shards.append(Shard(name=f"{i}.parquet", rows=len(rows), size_bytes=len(data), sha256=sha256))
+        writer = ShardWriter(folder, f"part-{i}", PICTURES, 10_000, 128, "none")
+        for row in rows:
+            writer.add(encode(digits[0][row], "raw"), str(digits[1][row]), f"{row}.png")
+        shards += writer.close()
     manifest = Manifest(
-        side=8, channels=1, encoding="raw", row_group_rows=128, labels=[], label_counts=[], quarantined=0, source="",
-        shards=shards,
+        side=8, channels=1, encoding="raw", row_group_rows=128, labels=[str(digit) for digit in range(10)],
+        label_counts=np.bincount(digits[1]).tolist(), quarantined=0, source="", shards=shards,
     )  # fmt: skip
     manifest.save(folder)
     return folder, manifest
@@ -50,25 +45,37 @@ def data(tmp_path_factory: pytest.TempPathFactory, digits: Digits) -> tuple[Fold
 def test_rows_are_read_in_any_order_across_shards(data: tuple[Folder, Manifest], digits: Digits) -> None:
     folder, _ = data
     rows = np.random.default_rng(0).permutation(1797)[:700]
-    pixels, labels = Manifest.load(folder).read(folder, rows)
-    assert np.array_equal(pixels, digits[0][rows])
-    assert np.array_equal(labels, digits[1][rows])
+    found = Manifest.load(folder).read(folder, rows)
+    assert np.array_equal(found.image, digits[0][rows])
+    assert np.array_equal(found.label, digits[1][rows])
 
 
-def consume(
-    data: tuple[Folder, Manifest], deal: Deal, world: int, check: Callable[[np.ndarray, np.ndarray], None]
-) -> Ledger:
-    """Stream to ``world`` consumers side by side; return what they were given."""
+VIEW = View(side=8, channels=1)
+
+
+def read(data: tuple[Folder, Manifest], deal: Deal, view: View = VIEW, random_crop: bool = False) -> ReadWindow:
     folder, manifest = data
-    stream = open_stream(folder, manifest, Plan(0, manifest.rows, 128, 4), deal)
-    shards = stream.streaming_split(world, equal=True)
+    plan = Plan(0, manifest.rows, manifest.row_group_rows, deal.window_batches * deal.batch_images)
+    return ReadWindow(folder, manifest, plan, deal, view, random_crop, max_bad_share=0.01)
+
+
+def joined(parts: Iterator[dict[str, Any]]) -> dict[str, Any]:
+    """The columns of a window, whole."""
+    several = list(parts)
+    return {name: np.concatenate([part[name] for part in several]) for name in several[0]}
+
+
+def consume(task: ReadWindow, world: int, check: Callable[[Batch], None]) -> Ledger:
+    """Stream to ``world`` consumers side by side; return what they were given."""
+    deal = task.deal
+    shards = open_stream(task).streaming_split(world, equal=True)
     ledgers: list[Ledger] = [{} for _ in range(world)]
     errors: list[BaseException] = []
 
     def work(rank: int) -> None:
         try:
             for batch in batches(shards[rank], deal, rank, world):
-                check(batch.row, batch.image)
+                check(batch)
                 for position, row in zip(batch.position.tolist(), batch.row.tolist(), strict=True):
                     assert position not in ledgers[rank]
                     ledgers[rank][position] = row
@@ -88,20 +95,22 @@ def consume(
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("world", [1, 2, 4])
-@pytest.mark.parametrize("start", [0, 1280], ids=["from the start", "from the middle"])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("start", [0, 768], ids=["from the start", "from within a window"])
 def test_any_number_of_workers_sees_the_plan(
     world: int, start: int, data: tuple[Folder, Manifest], digits: Digits, ray_cluster: None
 ) -> None:
-    stop = 2 * 1797 // 128 * 128  # nearly two epochs, of 28 global batches
-    deal = Deal(start=start, stop=stop, batch_images=128, micro_images=16, image_bytes=64)
-    assert deal.batches_together == 32  # more than there are: the last group reaches beyond the end
+    stop = 2 * 1797 // 192 * 192  # nearly two epochs, of 18 global batches
+    deal = Deal(start=start, stop=stop, batch_images=192, micro_images=16, window_batches=8, image_bytes=64)
+    assert deal.batches_together == 8  # more than are left for the last window, and before the start in the first
 
-    def check(row: np.ndarray, image: np.ndarray) -> None:
-        assert np.array_equal(image, digits[0][row])
+    def check(batch: Batch) -> None:
+        assert np.array_equal(batch.image, digits[0][batch.row])
+        assert np.array_equal(batch.label, digits[1][batch.row])
+        assert (batch.replaced, batch.retried) == (0, 0)
 
-    ledger = consume(data, deal, world, check)
-    plan = Plan(0, 1797, 128, 4)
+    ledger = consume(read(data, deal), world, check)
+    plan = Plan(0, 1797, 128, 8 * 192)
     assert [ledger[position] for position in range(start, stop)] == plan.rows(start, stop).tolist()
     assert len(ledger) == stop - start
     if start == 0:
@@ -110,10 +119,49 @@ def test_any_number_of_workers_sees_the_plan(
 
 @pytest.mark.ray
 def test_large_images_are_dealt_batch_by_batch(data: tuple[Folder, Manifest], ray_cluster: None) -> None:
-    deal = Deal(start=96, stop=960, batch_images=96, micro_images=24, image_bytes=1 << 20)  # as if of a megabyte
-    assert deal.batches_together == 1 and deal.stretch_rows == 24
-    ledger = consume(data, deal, 2, lambda row, image: None)
-    assert [ledger[position] for position in range(96, 960)] == Plan(0, 1797, 128, 4).rows(96, 960).tolist()
+    view = View(side=256, channels=1)
+    deal = Deal(start=96, stop=960, batch_images=96, micro_images=24, window_batches=4, image_bytes=256 * 256)
+    assert deal.batches_together == 1
+    ledger = consume(read(data, deal, view), 2, lambda batch: None)
+    assert [ledger[position] for position in range(96, 960)] == Plan(0, 1797, 128, 384).rows(96, 960).tolist()
+
+
+def test_a_cut_is_a_function_of_the_position(data: tuple[Folder, Manifest], digits: Digits) -> None:
+    """From 8 pixels made 10, a square of 8 is cut: the same for a position whatever the window is read as."""
+    folder, manifest = data
+    view = View(side=8, channels=1, zoom=1.25)
+    deal = Deal(start=0, stop=256, batch_images=64, micro_images=16, window_batches=4, image_bytes=64)
+    whole = joined(read(data, deal, view, random_crop=True).read(0))
+    rest = joined(read(data, replace(deal, start=128), view, random_crop=True).read(0))
+    image = dict(zip(whole["position"], whole["image"], strict=True))
+    for position, picture in zip(rest["position"], rest["image"], strict=True):
+        assert np.array_equal(picture, image[position] if position >= 128 else np.zeros((8, 8, 1)))
+    at = uniforms(0, "crop", whole["position"])
+    expected = manifest.read(folder, whole["row"], view, at).image
+    assert np.array_equal(whole["image"], expected)
+    centred = manifest.read(folder, whole["row"], view).image
+    assert (whole["image"] != centred).any(axis=(1, 2, 3)).mean() > 0.8
+
+
+@pytest.mark.ray
+def test_what_is_unusable_is_replaced_listed_and_limited(tmp_path: Path, ray_cluster: None) -> None:
+    """Files in place are first looked at in training: each bad one costs one image, and too many the run."""
+    source, out = Folder(str(tmp_path / "raw")), Folder(str(tmp_path / "data"))
+    for i in range(120):
+        picture = np.full((8, 8, 3), i, np.uint8)
+        source.put(f"{i:03d}.png", b"no picture" if i in (7, 50) else encode(picture, "png"))
+    manifest = ingest(IngestPlan.make(source, out, IngestConfig(side=0, encoding="in-place")))
+    assert manifest.rows == 120
+    deal = Deal(start=0, stop=128, batch_images=32, micro_images=32, window_batches=4, image_bytes=192)
+    task = read((out, manifest), deal, View(side=8, channels=3))
+    found = joined(task.read(0))
+    epoch = found["row"][found["position"] < 120]
+    assert found["replaced"][found["position"] < 120].sum() == 2
+    assert len(set(epoch.tolist())) == 118
+    listed = [json.loads(out.get(f"quarantine/{name}")) for name in (out / "quarantine").names()]
+    assert {entry["path"] for entry in listed} == {"007.png", "050.png"}
+    with pytest.raises(DataError, match=r"2 of 128 images are unusable, more than data.ingest.max_bad_share = 0.001"):
+        joined(replace(task, max_bad_share=0.001).read(0))
 
 
 class Delivers:
@@ -128,11 +176,12 @@ class Delivers:
 
 def block(deal: Deal, number: int) -> dict[str, np.ndarray]:
     position = deal.positions(0)[number * deal.block_rows : (number + 1) * deal.block_rows]
-    return {"position": position, "row": position, "label": position, "image": position}
+    none = np.zeros_like(position)
+    return dict.fromkeys(("position", "row", "label", "image"), position) | {"replaced": none, "retried": none}
 
 
 def test_another_block_than_the_one_that_is_due_is_refused() -> None:
-    deal = Deal(start=0, stop=64, batch_images=32, micro_images=8, image_bytes=64)
+    deal = Deal(start=0, stop=64, batch_images=32, micro_images=8, window_batches=2, image_bytes=64)
     good = [block(deal, 1), block(deal, 3)]
     assert len(list(batches(Delivers(good), deal, rank=1, world=2))) == 4
     with pytest.raises(StreamOrderError, match="was due the images from position 8 and got"):
@@ -144,22 +193,26 @@ def test_another_block_than_the_one_that_is_due_is_refused() -> None:
 @given(
     micro=st.integers(1, 64),
     per_batch=st.integers(1, 16),
-    first=st.integers(0, 5),
+    first=st.integers(0, 40),
     steps=st.integers(1, 200),
+    window=st.sampled_from([1, 2, 8, 64]),
     image_bytes=st.sampled_from([64, 3072, 12_288, 196_608, 1 << 22]),
 )
 def test_a_deal_covers_its_positions_once_in_blocks_of_one_size(
-    micro: int, per_batch: int, first: int, steps: int, image_bytes: int
+    micro: int, per_batch: int, first: int, steps: int, window: int, image_bytes: int
 ) -> None:
     B = micro * per_batch
-    deal = Deal(start=first * B, stop=(first + steps) * B, batch_images=B, micro_images=micro, image_bytes=image_bytes)
-    assume(deal.stretches <= 300)
-    dealt = np.concatenate([deal.positions(stretch) for stretch in range(deal.stretches)])
-    assert np.array_equal(np.sort(dealt), np.arange(deal.start, deal.start + len(dealt)))
-    assert deal.start + len(dealt) >= deal.stop
-    assert deal.stretch_rows % deal.block_rows == 0
-    assert deal.stretch_rows <= max(MAX_TASK_ROWS, micro) and (
-        deal.stretch_rows * image_bytes <= TASK_BYTES or deal.stretch_rows == micro
-    )
+    deal = Deal(
+        start=first * B, stop=(first + steps) * B, batch_images=B, micro_images=micro, window_batches=window,
+        image_bytes=image_bytes,
+    )  # fmt: skip
+    parts = [deal.positions(number) for number in deal.windows]
+    dealt = np.concatenate(parts)
+    assert len(set(dealt.tolist())) == len(dealt)
+    assert set(range(deal.start, deal.stop)) <= set(dealt.tolist())
+    beyond = [p for p in dealt.tolist() if not deal.start <= p < deal.stop]
+    assert len(beyond) < 2 * deal.group_rows, "only what makes the first group and the last whole"
+    assert all(len(part) % deal.block_rows == 0 and set(part // (window * B)) == {n}
+               for part, n in zip(parts, deal.windows, strict=True))  # fmt: skip
     for start in range(0, len(dealt), micro):  # micro-batches stay whole
         assert dealt[start] % micro == 0 and dealt[start + micro - 1] == dealt[start] + micro - 1

@@ -1,0 +1,188 @@
+"""What an ingest makes of which files: a function of the listing of the source and of the configuration.
+
+The source is listed once and cut into parts: image files, in a keyed order (so that neighbours in a shard are not of
+one folder) and a fixed number at a time; or one Parquet file or tar each, in its own order.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+from models.philox import stream_key
+from pipelines.errors import ConfigurationError
+from pipelines.images import Encoding
+from pipelines.manifest import NAME, Manifest
+from pipelines.parts import Form, Part, rows_for
+from pipelines.permutation import permute
+from pipelines.sources import Source, kind_of, of_kind, read_labels, sorted_labels, whose_labels
+from pipelines.storage import Folder, Stored
+
+
+@dataclass(frozen=True, kw_only=True)
+class IngestConfig:
+    """What is taken for images, and what they are made into."""
+
+    side: int = 32
+    """Height and width of the stored images, in pixels: the middle square, resized. 0 leaves each as large as it is,
+    for the encodings png, jpeg, keep and in-place."""
+    channels: Literal[1, 3] = 3
+    """1 for grey, 3 for RGB."""
+    encoding: Encoding = "raw"
+    """How a shard holds the pixels. raw is the fastest to read, png smaller, neither loses anything; jpeg is the
+    smallest; keep takes the files as they are, checked; in-place copies nothing: the shards hold paths, and training
+    reads the image files where they lie."""
+    jpeg_quality: int = 95
+    """Of the encoding jpeg, 1..100; colours are kept for every pixel (4:4:4)."""
+    source_kind: Literal["auto", "files", "parquet", "tar"] = "auto"
+    """Image files, Parquet files with a column of image bytes, or WebDataset tars; auto looks at the names."""
+    labels: str = "folder"
+    """folder: the name of the folder that a file is in, if every file is in one; the label column; the sample's .cls,
+    .json or .txt. none: no labels. Or the URL of a CSV file with the columns path,label: images without a line in it
+    are quarantined."""
+    image_column: str = "image"
+    """Of Parquet files: bytes, or a struct with bytes in it."""
+    label_column: str = "label"
+    """Of Parquet files; one that is not there is no label."""
+    drop_duplicates: bool = False
+    """Leave out all but the first of images with the same bytes. Reads the source twice."""
+    shard_rows: int = 0
+    """Images per shard; 0 for about 64 MB."""
+    row_group_rows: int = 0
+    """Rows that are read at once, and that stay together until the last shuffle; 0 for about 1 MB, 1 to 128 rows."""
+    compression: Literal["none", "zstd"] = "none"
+    """Of the shards. zstd makes drawings of raw much smaller, photographs hardly."""
+    max_bad_share: float = 0.01
+    """Share of images, and of Parquet files or tars, that may be unusable before the ingest gives up."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.side <= 4096:
+            raise ConfigurationError(f"ingest.side is {self.side}; it must lie in 1..4096 pixels, or be 0")
+        if self.side == 0 and self.encoding == "raw":
+            raise ConfigurationError(
+                "ingest.side is 0 and ingest.encoding raw, whose images are of one size: say a side, or take png"
+            )
+        if self.side and self.encoding in ("keep", "in-place"):
+            raise ConfigurationError(
+                f"ingest.side is {self.side} and ingest.encoding {self.encoding}, which leaves images as large as they "
+                "are: add --ingest.side 0, or take another encoding"
+            )
+        for name in ("shard_rows", "row_group_rows"):
+            if getattr(self, name) < 0:
+                raise ConfigurationError(f"ingest.{name} is {getattr(self, name)}; it must be at least 1, or 0")
+        if not 1 <= self.jpeg_quality <= 100:
+            raise ConfigurationError(f"ingest.jpeg_quality is {self.jpeg_quality}; it must lie in 1..100")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ConfigurationError(f"ingest.max_bad_share is {self.max_bad_share}; it must lie in 0..1")
+
+    def form(self, mean_bytes: int) -> Form:
+        """Return what images are made into, with rows chosen by their size; ``mean_bytes`` is that of a file."""
+        pixels = self.side**2 * self.channels
+        row_bytes = {"raw": pixels, "png": pixels // 2, "jpeg": pixels // 4, "in-place": 1}.get(
+            self.encoding
+        ) or mean_bytes
+        group, shard = rows_for(row_bytes, self.row_group_rows, self.shard_rows)
+        return Form(
+            side=self.side,
+            channels=self.channels,
+            encoding=self.encoding,
+            jpeg_quality=self.jpeg_quality,
+            row_group_rows=group,
+            shard_rows=shard,
+            compression=self.compression,
+        )
+
+
+@dataclass(frozen=True)
+class IngestPlan:
+    """Which file goes into which part: a function of the listing and the configuration."""
+
+    source: Source
+    out: Folder
+    config: IngestConfig
+    files: list[Stored]
+    """In the order of the parts."""
+    listed: dict[str, str]
+    """Labels by path, where these are listed."""
+    digest: str
+
+    @staticmethod
+    def make(source: Folder, out: Folder, config: IngestConfig) -> "IngestPlan":
+        """List the source.
+
+        Raises:
+            DataError: if it holds no images, or cannot be listed.
+            ConfigurationError: if it holds files of several kinds, or of one that the encoding cannot be for.
+        """
+        found = source.find()
+        kind = kind_of(found, config.source_kind, source.url)
+        if kind != "files" and config.encoding == "in-place":
+            raise ConfigurationError(
+                f"ingest.encoding is in-place and {source.url} holds files of kind {kind}; only image files can be "
+                "read in place: take keep, or raw"
+            )
+        files = of_kind(found, kind)
+        listed = read_labels(config.labels) if config.labels not in ("folder", "none") else {}
+        form = asdict(config)
+        del form["max_bad_share"]  # decides whether to go on, not what is made
+        what = json.dumps([form, files, listed], sort_keys=True)
+        if kind == "files":
+            order = permute(np.arange(len(files)), len(files), stream_key(0, "ingest"))
+            files = [files[i] for i in order]
+        reader = Source(
+            folder=source,
+            kind=kind,
+            labels=whose_labels(config.labels, kind, files),
+            image_column=config.image_column,
+            label_column=config.label_column,
+        )
+        return IngestPlan(reader, out, config, files, listed, hashlib.sha256(what.encode()).hexdigest())
+
+    @cached_property
+    def form(self) -> Form:
+        """What images are made into. How many there are in a Parquet file or a tar is not known: 64 kB are supposed."""
+        known = sum(file.size_bytes for file in self.files) // len(self.files)
+        return self.config.form(max(1, known) if self.source.kind == "files" else 64 << 10)
+
+    @property
+    def images(self) -> int | None:
+        """The number of images, usable or not; None if only reading the source would tell."""
+        return len(self.files) if self.source.kind == "files" else None
+
+    @cached_property
+    def labels(self) -> list[str] | None:
+        """The names of the labels; None if only reading the source would tell."""
+        if self.source.labels == "own" and self.source.kind != "files":
+            return None
+        if self.source.labels == "own":
+            return sorted_labels({file.name.split("/")[-2] for file in self.files})
+        return sorted_labels(set(self.listed.values()))
+
+    @property
+    def parts(self) -> int:
+        return -(-len(self.files) // self._files_per_part)
+
+    @property
+    def _files_per_part(self) -> int:
+        return self.form.shard_rows if self.source.kind == "files" else 1
+
+    def part(self, number: int, dropped: frozenset[int] = frozenset()) -> Part:
+        """Return what one task does."""
+        files = self.files[number * self._files_per_part : (number + 1) * self._files_per_part]
+        if self.source.kind == "files":
+            listed = {file.name: self.listed[file.name] for file in files if file.name in self.listed}
+        else:
+            listed = {path: label for path, label in self.listed.items() if path.startswith(f"{files[0].name}/")}
+        return Part(number, files, listed, dropped)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the data set is there already."""
+        return self.out.exists(NAME)
+
+    def finished(self) -> Manifest | None:
+        """Return the manifest of the data set if it is there already."""
+        return Manifest.load(self.out) if self.complete else None
