@@ -11,9 +11,32 @@ from collections.abc import Iterator
 import ray
 from ray.data import DataContext
 
+from pipelines.errors import ConfigurationError
+
+log = logging.getLogger("brickyard.cluster")
+
 SPARE_CPUS = 2
 """Logical CPUs beyond those of the machine that a cluster of its own declares: on a small machine the tasks that read
 must find room beside the workers that train."""
+
+
+def check_node_labels(wanted: dict[str, str]) -> None:
+    """Say so if no node has the labels that are asked for: tasks wait until one joins.
+
+    Raises:
+        ConfigurationError: on a cluster of our own, which no node will join.
+    """
+    nodes = [node["Labels"] for node in ray.nodes() if node["Alive"]]
+    if not wanted or any(wanted.items() <= labels.items() for labels in nodes):
+        return
+    own = {name: value for labels in nodes for name, value in labels.items() if not name.startswith("ray.io/")}
+    said = (
+        f"data.node_labels is {' '.join(f'{name}={value}' for name, value in wanted.items())}; no node of the cluster "
+        f"has that, they have {own or 'no labels of their own'}"
+    )
+    if not os.environ.get("RAY_ADDRESS"):
+        raise ConfigurationError(f"{said}: drop it, or start a node with such labels and set RAY_ADDRESS")
+    log.warning("%s: reading waits until one joins", said)
 
 
 @contextlib.contextmanager

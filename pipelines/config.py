@@ -59,6 +59,11 @@ class DataConfig:
             if not all(label.partition("=")):
                 raise ConfigurationError(f"data.node_labels has {label!r}; each must be KEY=VALUE, such as role=data")
 
+    @property
+    def wanted_labels(self) -> dict[str, str]:
+        """`node_labels` by key."""
+        return dict(label.split("=", 1) for label in self.node_labels)
+
     def view(self, side: int, channels: Literal[1, 3]) -> View:
         """Return how training sees the pictures of a data set of this side (0: each has its own) and channels.
 

@@ -31,6 +31,7 @@ from models.init import empty, initialize
 from models.network import build
 from pipelines import checkpoints, snapshots
 from pipelines.checkpoints import Checkpoint
+from pipelines.cluster import check_node_labels
 from pipelines.config import TrainJob
 from pipelines.errors import ConfigurationError, DataError, TryAgainError
 from pipelines.fit import DivergedError, State, fit, new_state, x_0_to_pixels
@@ -132,7 +133,7 @@ class TrainTask:
             random_crop=config.crop == "random",
             max_bad_share=config.ingest.max_bad_share,
         )
-        return open_stream(read, dict(label.split("=", 1) for label in config.node_labels))
+        return open_stream(read, config.wanted_labels)
 
 
 @dataclass(frozen=True)
@@ -204,6 +205,7 @@ def run_workers(
         TryAgainError: if workers failed more often than allowed, or something outside did.
         DataError: if data or storage cannot be used.
     """
+    check_node_labels(job.data.wanted_labels)
     wire = Queue(MAX_WAITING, actor_options={"num_cpus": 0})
     record = Record(wire, tracker, job.fit.images)
     try:

@@ -5,6 +5,7 @@ import subprocess
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before Ray is imported: the tests are not its field study, and warnings of its own future are not ours to mend.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -16,7 +17,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from pipelines.storage import Folder
+if TYPE_CHECKING:  # the tests of the mathematics run where none of the rest is installed
+    from pipelines.storage import Folder
 
 settings.register_profile("brickyard", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("brickyard")
@@ -72,8 +74,10 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture
-def s3(s3_server: str) -> Folder:
+def s3(s3_server: str) -> "Folder":
     """An empty folder on a real S3 server."""
+    from pipelines.storage import Folder
+
     return Folder(f"s3://yard/{uuid.uuid4().hex}")
 
 

@@ -6,6 +6,8 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from pipelines.cluster import check_node_labels
+from pipelines.errors import ConfigurationError
 from pipelines.images import View, encode
 from pipelines.ingest import ingest
 from pipelines.ingest_plan import IngestConfig, IngestPlan
@@ -17,7 +19,7 @@ from tests.pipelines.helpers import WhereItReads
 pytestmark = pytest.mark.ray
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def nodes() -> Iterator[Cluster]:
     """A node that trains, two CPU-only ones that read, told apart by their labels."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "labels": {"role": "trainer"}})
@@ -44,3 +46,14 @@ def test_only_nodes_with_the_labels_read(nodes: Cluster, folder: Folder, digits)
     used = {out.get(f"nodes/{window}").decode() for window in deal.windows}
     assert {role[node] for node in used} == {"data"}
     assert len(used) == 2, "both of them"
+
+
+def test_labels_that_no_node_has_are_said(nodes: Cluster, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    check_node_labels({})
+    check_node_labels({"role": "data"})
+    with pytest.raises(ConfigurationError, match=r"data.node_labels is role=dat; no node of the cluster has that"):
+        check_node_labels({"role": "dat"})
+    assert not caplog.records
+    monkeypatch.setenv("RAY_ADDRESS", nodes.address)  # a cluster that nodes may join
+    check_node_labels({"role": "dat"})
+    assert "reading waits until one joins" in caplog.text

@@ -1,0 +1,133 @@
+"""From a folder that holds hostile files, on a real S3 server behind a proxy that makes it fail: ingest and training,
+killed and run again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines import checkpoints
+from pipelines.digits import write_digits
+from pipelines.manifest import NAME, Manifest
+from pipelines.parts import RECORDS
+from pipelines.storage import Folder
+from tests.faults.proxy import FaultProxy, Rule
+from tests.pipelines.hostile import write_hostile
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # MLflow's own dependencies
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+CODE = Path(__file__).parents[2]
+SHORT = [
+    "--fit.images=2560", "--fit.log-images=640", "--fit.checkpoint-images=640", "--fit.grid-images=2560",
+    "--fit.warm-up-images=640", "--evaluate-images=0", "--data.builtin=none", "--data.side=8", "--data.zoom=1.25",
+    "--data.crop=random", "--data.ingest.max-bad-share=0.1",
+]  # fmt: skip
+
+
+@pytest.fixture
+def proxy(s3_server: str) -> Iterator[FaultProxy]:
+    with FaultProxy(s3_server) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def raw(s3: Folder) -> tuple[Folder, int, int]:
+    """Digits and hostile files; how many of them are pictures, and how many look like pictures and are none."""
+    write_digits(s3 / "raw")
+    cases = write_hostile(s3 / "raw" / "0")
+    good = sum(case.pixels is not None for case in cases.values())
+    return s3 / "raw", 1797 + good, len(cases) - good
+
+
+def start(endpoint: str, *command: str) -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
+    environment |= {"AWS_ENDPOINT_URL": endpoint, "BRICKYARD_ANSWER_S": "3"}
+    return subprocess.Popen(
+        [sys.executable, *command],
+        cwd=CODE, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> dict[str, Any]:
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == code, err[-5000:]
+    (line,) = out.splitlines()
+    return json.loads(line)  # type: ignore[no-any-return]
+
+
+def kill_when(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 300
+    while not condition():
+        assert process.poll() is None, process.stderr.read()[-5000:]  # type: ignore[union-attr]
+        assert time.monotonic() < end, "the moment to strike never came"
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def test_from_hostile_files_on_s3_to_a_trained_network(
+    raw: tuple[Folder, int, int], s3: Folder, proxy: FaultProxy, tmp_path: Path
+) -> None:
+    source, pictures, broken = raw
+    out = s3 / "data"
+    proxy.rules = [Rule("503", method="GET", every=23), Rule("reset", method="GET", every=31),
+                   Rule("truncated", method="GET", every=41), Rule("500", method="PUT", every=7)]  # fmt: skip
+
+    ingest = ["jobs/ingest.py", "--source", source.url, "--out", out.url, "--ingest.encoding=keep", "--ingest.side=0",
+              "--ingest.channels=1", "--ingest.shard-rows=150", "--ingest.max-bad-share=0.1"]  # fmt: skip
+    kill_when(lambda: len((out / RECORDS).names()) >= 2, start(proxy.url, *ingest))
+    assert not out.exists(NAME)
+    said = finish(start(proxy.url, *ingest))
+    assert (said["images"], said["quarantined"]) == (pictures, broken)
+    listed = [json.loads(line) for line in out.get("quarantine.jsonl").splitlines()]
+    assert len(listed) == broken and all(entry["path"] and entry["reason"] for entry in listed)
+    before = {found.name: found.version for found in out.find()}
+    assert finish(start(proxy.url, *ingest))["digest"] == said["digest"]
+    assert {found.name: found.version for found in out.find()} == before, "a finished ingest writes nothing"
+
+    train = ["jobs/train.py", "digits", *SHORT, f"--data.url={out.url}", f"--root={s3.url}/yard",
+             f"--tracking.uri=sqlite:///{tmp_path}/mlflow.db"]  # fmt: skip
+    run = s3 / "yard" / "runs" / "digits"
+    kill_when(lambda: checkpoints.newest(run) is not None, start(proxy.url, *train))
+    position = checkpoints.newest(run)[1].position  # type: ignore[index]
+    # Another number of workers: the same stream, dealt otherwise.
+    said = finish(start(proxy.url, *train, "--scaling.workers=1"))
+    assert said["trained_images"] == 2560 - position
+    assert said["images_replaced"] == 0
+    assert said["storage_retries"] > 0
+    assert {"503", "reset", "500"} <= set(proxy.injected)
+
+    # The data are not what they were: the run is refused.
+    manifest = Manifest.load(out)
+    shard = manifest.shards[0].name
+    out.put(shard, out.get(shard)[:-1])
+    error = finish(start(proxy.url, *train, "--fit.images=3200"), code=3)["error"]
+    assert shard in error and "ingest the data again" in error
+
+
+def test_raw_files_train_where_they_are_and_expired_credentials_are_exit_75(
+    raw: tuple[Folder, int, int], s3: Folder, proxy: FaultProxy
+) -> None:
+    source, _, broken = raw
+    train = ["jobs/train.py", "digits", *SHORT, f"--data.url={source.url}", f"--root={s3.url}/yard",
+             "--tracking.uri=none", "--data.ingest.encoding=in-place", "--data.ingest.side=0"]  # fmt: skip
+    said = finish(start(proxy.url, *train))
+    assert said["images"] == 2560
+    # Each is met once or twice in 1.4 epochs, costs itself each time, and is listed once.
+    assert broken <= said["images_replaced"] <= 2 * broken
+    (data,) = (s3 / "yard" / "data").names()
+    assert len((s3 / "yard" / "data" / data / "quarantine").names()) == broken
+
+    proxy.rules = [Rule("expired")]
+    error = finish(start(proxy.url, *train, "--fit.images=3200"), code=75)["error"]
+    assert "the credentials have expired" in error and "renew them" in error
