@@ -66,7 +66,9 @@ def stream(folder: Folder, manifest: Manifest, images: int, batch: int) -> ReadW
         image_bytes=IMAGE_BYTES,
     )  # fmt: skip
     plan = Plan(0, manifest.rows, manifest.row_group_rows, windows * batch)
-    return ReadWindow(folder, manifest, plan, deal, VIEW, random_crop=False, max_bad_share=0.0)
+    return ReadWindow(
+        folder, manifest, plan, deal, VIEW, random_crop=False, max_bad_share=0.0, quarantine=folder / "quarantine"
+    )
 
 
 def under_many_names(folder: Path, out: Path, times: int) -> Manifest:

@@ -74,7 +74,9 @@ def deliver(folder: Folder, manifest: Manifest, images: int, world: int) -> tupl
     )
     plan = Plan(0, manifest.rows, manifest.row_group_rows, windows * fit.batch_images)
     view = View(side=8, channels=1)
-    read = ReadWindow(folder, manifest, plan, deal, view, random_crop=False, max_bad_share=0.0)
+    read = ReadWindow(
+        folder, manifest, plan, deal, view, random_crop=False, max_bad_share=0.0, quarantine=folder / "quarantine"
+    )
     consumers = [Consumer.remote() for _ in range(world)]
     spent = cpu_seconds()
     shards = open_stream(read).streaming_split(world, equal=True)

@@ -4,6 +4,7 @@ Order: preset < ``--config file.yaml`` < flags. The resolved configuration is pr
 logged; handing that file back with ``--config`` repeats the run.
 """
 
+import math
 import re
 from dataclasses import dataclass, field
 from functools import partial
@@ -75,12 +76,19 @@ class DataConfig:
                 "data.side is 0, and the pictures of the data set have sizes of their own: give the side, in pixels, "
                 "to train at, such as --data.side 64"
             )
-        if side and self.side > side:
+        seen = self.side or side
+        if side and seen * self.zoom > side:
             raise ConfigurationError(
-                f"data.side is {self.side}; the pictures of the data set are stored at {side} pixels, and it must be "
-                f"at most that: ingest them again with --ingest.side {self.side}"
+                f"data.side is {seen} and data.zoom {self.zoom}; the data set has pictures of {side} pixels, which is "
+                f"less than the product: ingest with a side of {math.ceil(seen * self.zoom)} or more (ingest.side; "
+                "data.ingest.side in a training job), or take a smaller data.side or data.zoom"
             )
-        return View(side=self.side or side, channels=channels, zoom=self.zoom)
+        if side and self.crop == "random" and self.zoom == 1:
+            raise ConfigurationError(
+                "data.crop is random and data.zoom 1; of square pictures nothing is left over to cut from then: take "
+                f"data.zoom 1.125 and a data.side of at most {int(side / 1.125)}, or data.crop center"
+            )
+        return View(side=seen, channels=channels, zoom=self.zoom)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,9 @@ class DamagedError(DataError):
     """An object is missing, or is not what was written."""
 
 
+CHANGED = "is not the object that was listed: it has changed since; list the source again, as another data set"
+
+
 class TryAgainError(Exception):
     """Something outside failed that may be well later; the same command continues: exit 75 (EX_TEMPFAIL)."""
 

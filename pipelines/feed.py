@@ -31,7 +31,7 @@ class Feed:
         self._sent = self._ahead() if device.type == "cuda" else map(self._send, self._batches)
         self.waited_s = 0.0
         """Time that the taker has waited since the last :meth:`reset`."""
-        self.troubles = torch.zeros(2, dtype=torch.int64, device=device)
+        self.replaced = self.retried = 0
         """Images that were replaced, and requests to storage that were repeated, likewise."""
 
     def __iter__(self) -> "Feed":
@@ -45,11 +45,11 @@ class Feed:
 
     def reset(self) -> None:
         """Begin the account anew."""
-        self.waited_s = 0.0
-        self.troubles.zero_()
+        self.waited_s, self.replaced, self.retried = 0.0, 0, 0
 
     def _send(self, batch: Any) -> OnDevice:
-        self.troubles += torch.tensor([batch.replaced, batch.retried])
+        self.replaced += batch.replaced
+        self.retried += batch.retried
         # Copies: what Ray Data hands out is read-only.
         own = (torch.from_numpy(np.array(values)) for values in (batch.position, batch.label, batch.image))
         if self._device.type == "cuda":

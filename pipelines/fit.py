@@ -223,7 +223,7 @@ def fit(
         # Say how it goes.
         if state.position % config.log_images == 0 or state.position == config.images:
             loss, share = world.sum(sums).tolist()
-            replaced, retried = world.sum(feed.troubles).tolist()
+            replaced, retried = world.sum(torch.tensor([feed.replaced, feed.retried], device=world.device)).tolist()
             seconds = time.perf_counter() - since
             metrics = {
                 "loss": sum(loss) / sum(share),

@@ -77,8 +77,8 @@ class Manifest:
 
     @property
     def row_bytes(self) -> int:
-        """What a row takes in its shard, on average, in bytes."""
-        return sum(shard.size_bytes for shard in self.shards) // max(self.rows, 1) + 1
+        """What an image takes as it is stored, on average, in bytes."""
+        return max(1, sum(shard.image_bytes for shard in self.shards) // max(self.rows, 1))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -179,14 +179,15 @@ class _Window:
         """Fill in some places of the window; return those whose row is unusable, and add these to ``bad``."""
         jobs = list(self._groups(places))
         tables = ahead(self.folder, lambda job: self._table(job[0], job[1]), jobs)
-        files: list[tuple[int, str, int]] = []  # place, path and size of each
+        files: list[tuple[int, str, int, str]] = []  # place, path, size and version of each
         failed: list[tuple[int, str, str]] = []  # place, path and reason of each
         for (shard, group, here, within), table in zip(jobs, tables, strict=True):
             try:
                 self._take_labels(table["label"], here, within)
                 if self.in_place:
                     names = table.take(within)
-                    files += zip(here, names["path"].to_pylist(), names["size_bytes"].to_pylist(), strict=True)
+                    said = (names[column].to_pylist() for column in ("path", "size_bytes", "version"))
+                    files += zip(here, *said, strict=True)
                 else:
                     for place, reason in self._take_images(table["image"], here, within):
                         failed.append((place, self._path(shard, group, int(self.row[place])), reason))
@@ -242,18 +243,13 @@ class _Window:
         for place, w in zip(here.tolist(), within.tolist(), strict=True):
             self.image[place] = self.view.of_pixels(pixels[w], self._at(place))
 
-    def _take_files(self, files: list[tuple[int, str, int]]) -> Iterator[tuple[int, str, str]]:
+    def _take_files(self, files: list[tuple[int, str, int, str]]) -> Iterator[tuple[int, str, str]]:
         """Fetch and take pictures that are in place; yield place, path and reason of each that is unusable."""
         source = Folder(self.manifest.source)
-        parts = [files[part] for part in portions([size for _, _, size in files])]
-        fetched = ahead(source, lambda part: source.get_many([path for _, path, _ in part]), parts)
+        parts = [files[part] for part in portions([size for _, _, size, _ in files])]
+        fetched = ahead(source, lambda part: source.get_unchanged([f[1] for f in part], [f[3] for f in part]), parts)
         for part, contents in zip(parts, fetched, strict=True):
-            for (place, path, size), data in zip(part, contents, strict=True):
-                if len(data) != size:
-                    raise DamagedError(
-                        f"{source.url}/{path} has {len(data)} bytes and had {size} when it was listed: it is another "
-                        "file now; list the source again into another folder"
-                    )
+            for (place, path, _, _), data in zip(part, contents, strict=True):
                 if reason := self._decode(int(place), data):
                     yield int(place), path, reason
 

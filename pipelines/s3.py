@@ -19,6 +19,7 @@ from botocore.exceptions import ConnectionError as UnreachableError
 from botocore.exceptions import HTTPClientError, SSLError
 from s3fs import S3FileSystem
 
+from pipelines.errors import CHANGED, DamagedError
 from pipelines.retries import TransientError, answer_s, check, patient
 
 CONNECT_S = 5.0
@@ -89,7 +90,12 @@ class _Content(io.BytesIO):
 class QuickS3(S3FileSystem):  # type: ignore[misc]
     """s3fs, but what is read most, an object or a range of one, costs half the CPU: a signature and a request."""
 
-    async def _cat_file(self, path: str, start: int | None = None, end: int | None = None, **others: Any) -> bytes:
+    compares_versions = True
+
+    async def _cat_file(
+        self, path: str, start: int | None = None, end: int | None = None, version: str = "", **others: Any
+    ) -> bytes:
+        """Fetch an object or a range of one; with a version, an ETag, only if it is still the one that it was."""
         client = await self.set_session()
         credentials = await self.session.get_credentials()
         whole = start is None and end is None
@@ -100,12 +106,16 @@ class QuickS3(S3FileSystem):  # type: ignore[misc]
                 url=f"{client.meta.endpoint_url}/{bucket}/{quote(key)}",
                 headers={} if whole or end is None else {"Range": f"bytes={start}-{end - 1}"},
             )
+            if version:
+                request.headers["If-Match"] = f'"{version}"'
             S3SigV4Auth(await credentials.get_frozen_credentials(), "s3", client.meta.region_name).add_auth(request)
             prepared = request.prepare()
             prepared.stream_output = True
             answer = await client._endpoint.http_session.send(prepared)
             if answer.status_code == (200 if whole else 206):
                 return bytes(await answer.content)
+            if answer.status_code == 412:
+                raise DamagedError(f"{self.unstrip_protocol(path)} {CHANGED}")
         # Refused, missing, moved to another region: s3fs knows what to do, or what to raise.
         return bytes(await super()._cat_file(path, start=start, end=end, **others))
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +40,10 @@ class Shard:
     rows: int
     size_bytes: int
     sha256: str
+    image_bytes: int
+    """Bytes of the images, here or where they are."""
+    crc32: tuple[int, ...]
+    """Of what is read of each row group: neither a flipped bit nor another shard is taken for this one."""
 
 
 class ShardWriter:
@@ -54,7 +59,7 @@ class ShardWriter:
         self._begin()
 
     def _begin(self) -> None:
-        self._buffer, self._rows = pa.BufferOutputStream(), 0
+        self._buffer, self._rows, self._image_bytes = pa.BufferOutputStream(), 0, 0
         self._parquet = pq.ParquetWriter(
             self._buffer,
             self._schema,
@@ -67,6 +72,7 @@ class ShardWriter:
     def add(self, *row: Any) -> None:
         """Take one row, its values in the order of the schema."""
         self._group.append(row)
+        self._image_bytes += len(row[0]) if "image" in self._schema.names else row[1]
         if len(self._group) == self._row_group_rows or self._rows + len(self._group) == self._shard_rows:
             self._write_group()
             if self._rows == self._shard_rows or self._buffer.tell() >= MAX_SHARD_BYTES:
@@ -92,8 +98,21 @@ class ShardWriter:
         data = self._buffer.getvalue().to_pybytes()
         name = f"{self._stem}-{len(self.shards):04d}.parquet"
         self._out.put(name, data)
+        metadata = pq.read_metadata(pa.BufferReader(data))
+        columns = tuple(name for name in self._schema.names if name != "path" or "image" not in self._schema.names)
+        spans = (_span(metadata, group, columns) for group in range(metadata.num_row_groups))
+        sums = tuple(zlib.crc32(data[start:stop]) for start, stop in spans)
         sha256 = hashlib.sha256(data).hexdigest()
-        self.shards.append(Shard(name=name, rows=self._rows, size_bytes=len(data), sha256=sha256))
+        self.shards.append(
+            Shard(
+                name=name,
+                rows=self._rows,
+                size_bytes=len(data),
+                sha256=sha256,
+                image_bytes=self._image_bytes,
+                crc32=sums,
+            )
+        )
         self._begin()
 
 
@@ -147,18 +166,12 @@ def read_group(folder: Folder, shard: Shard, group: int, columns: tuple[str, ...
     """
     try:
         metadata = _footer(folder, shard, columns)
-        about = metadata.row_group(group)
-        spans = []
-        for i in range(about.num_columns):
-            column = about.column(i)
-            if column.path_in_schema in columns:
-                first = column.dictionary_page_offset or column.data_page_offset
-                spans.append((first, first + column.total_compressed_size))
-        start, stop = min(first for first, _ in spans), max(last for _, last in spans)
-        piece = _Piece(folder, shard, start, folder.get_range(shard.name, start, stop))
-        parquet = pq.ParquetFile(
-            piece, metadata=metadata, page_checksum_verification=True, read_dictionary=["label"], pre_buffer=False
-        )
+        start, stop = _span(metadata, group, columns)
+        data = folder.get_range(shard.name, start, stop)
+        if columns != ("path",) and zlib.crc32(data) != shard.crc32[group]:
+            raise ValueError(f"row group {group} is not what was written, its checksum differs")
+        piece = _Piece(folder, shard, start, data)
+        parquet = pq.ParquetFile(piece, metadata=metadata, read_dictionary=["label"], pre_buffer=False)
         return parquet.read_row_group(group, columns=list(columns), use_threads=False)
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise DamagedError(
@@ -166,9 +179,20 @@ def read_group(folder: Folder, shard: Shard, group: int, columns: tuple[str, ...
         ) from error
 
 
-@lru_cache(maxsize=256)
+def _span(metadata: Any, group: int, columns: tuple[str, ...]) -> tuple[int, int]:
+    """Return where the columns of a row group begin and end in their file."""
+    about, spans = metadata.row_group(group), []
+    for i in range(about.num_columns):
+        column = about.column(i)
+        if column.path_in_schema in columns:
+            first = column.dictionary_page_offset or column.data_page_offset
+            spans.append((first, first + column.total_compressed_size))
+    return min(first for first, _ in spans), max(last for _, last in spans)
+
+
+@lru_cache(maxsize=1024)
 def _footer(folder: Folder, shard: Shard, columns: tuple[str, ...]) -> Any:
-    """Return the Parquet metadata of a shard that is what the manifest says; a process asks for it once."""
+    """Return the Parquet metadata of a shard that is what the manifest says; a process asks for it once, mostly."""
     where = f"{folder.url}/{shard.name}"
     with folder.open(shard.name) as file:
         size = file.seek(0, io.SEEK_END)

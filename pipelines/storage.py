@@ -23,15 +23,15 @@ import fsspec
 from fsspec.asyn import sync
 from fsspec.implementations.local import LocalFileSystem
 
-from pipelines.errors import ConfigurationError
+from pipelines.errors import CHANGED, ConfigurationError, DamagedError
 from pipelines.retries import answers_head, error_code, explained
 
 FETCHERS = 16
 """Objects, or ranges of one, that are fetched at once."""
 PIECE_BYTES = 16 << 20
 """What a download asks for at a time, and a half of what an upload sends in one request."""
-Part = tuple[str, int | None, int | None]
-"""The name of an object and the range of it that is meant: start and stop, or None and None."""
+Part = tuple[str, int | None, int | None, str]
+"""The name of an object, the range of it that is meant, start and stop or None and None, and the version or nothing."""
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)  # reading it is setting it
 
@@ -126,7 +126,7 @@ class Folder:
 
     def get(self, name: str) -> bytes:
         """Return the bytes of an object."""
-        return self._fetch([(name, None, None)])[0]
+        return self._fetch([(name, None, None, "")])[0]
 
     def get_range(self, name: str, start: int, stop: int) -> bytes:
         """Return the bytes [start, stop) of an object, fewer where it ends before."""
@@ -134,11 +134,19 @@ class Folder:
 
     def get_many(self, names: list[str]) -> list[bytes]:
         """Return the bytes of several objects in the order asked for, fetched side by side."""
-        return self._fetch([(name, None, None) for name in names])
+        return self._fetch([(name, None, None, "") for name in names])
+
+    def get_unchanged(self, names: list[str], versions: list[str]) -> list[bytes]:
+        """Return the bytes of several objects that are still what they were when :meth:`find` saw these versions.
+
+        Raises:
+            DamagedError: if one has changed since.
+        """
+        return self._fetch([(name, None, None, version) for name, version in zip(names, versions, strict=True)])
 
     def get_ranges(self, name: str, ranges: list[tuple[int, int]]) -> list[bytes]:
         """Return several ranges of an object, each [start, stop), in the order asked for, fetched side by side."""
-        return self._fetch([(name, start, stop) for start, stop in ranges])
+        return self._fetch([(name, start, stop, "") for start, stop in ranges])
 
     def open(self, name: str) -> IO[bytes]:
         """Open an object for random reads, each of which is a request of its own: ask for much at once."""
@@ -162,20 +170,25 @@ class Folder:
         client = self.filesystem
         if not client.async_impl:  # a file: threads would cost three times the CPU and gain nothing
 
-            def read(name: str, start: int | None, stop: int | None) -> bytes:
+            def read(name: str, start: int | None, stop: int | None, version: str) -> bytes:
                 with self._told(name):
+                    if version and _version(client.info(self.path(name))) != version:
+                        raise DamagedError(f"{self.url}/{name} {CHANGED}")
                     return b"" if _is_nothing(start, stop) else bytes(client.cat_file(self.path(name), start, stop))
 
             return [read(*part) for part in parts]
 
         gate = asyncio.Semaphore(FETCHERS)
 
-        async def fetch(name: str, start: int | None, stop: int | None) -> bytes:
+        async def fetch(name: str, start: int | None, stop: int | None, version: str) -> bytes:
+            same = {"version": version} if version and getattr(client, "compares_versions", False) else {}
             async with gate:
                 with self._told(name):
                     if _is_nothing(start, stop):
                         return b""
-                    return bytes(await client._cat_file(self.path(name), start=start, end=stop))
+                    if version and not same and _version(await client._info(self.path(name))) != version:
+                        raise DamagedError(f"{self.url}/{name} {CHANGED}")
+                    return bytes(await client._cat_file(self.path(name), start=start, end=stop, **same))
 
         async def together() -> list[bytes]:
             tasks = [asyncio.ensure_future(fetch(*part)) for part in parts]

@@ -37,12 +37,12 @@ from pipelines.storage import Folder
 BLOCK_BYTES = 8 << 20
 """Pixels in a block, in bytes, up to which batches are dealt together."""
 MAX_BATCHES_TOGETHER = 32
+NUMBERS = 64
+"""Of windows, that one task deals out."""
 ROW_BYTES = 32
 """Bytes of a row beside its pixels."""
 PART_BYTES = 8 << 20
 """Pixels that a read task decodes before it hands them out, in bytes."""
-QUARANTINE = "quarantine"
-"""The folder, in that of the data set, for what proves unusable while training: a file each, named by its row."""
 
 
 class Batch(NamedTuple):
@@ -131,6 +131,8 @@ class ReadWindow:
     view: View
     random_crop: bool
     max_bad_share: float
+    quarantine: Folder
+    """For what proves unusable: a file each, named by its row."""
 
     def __call__(self, windows: dict[str, NDArray[np.int64]]) -> Iterator[dict[str, Any]]:
         for number in windows["id"].tolist():
@@ -144,19 +146,25 @@ class ReadWindow:
         What is kept meanwhile is the window as it is stored, not as it is decoded.
         """
         kept: RowGroups = {}
+        bad: list[BadRow] = []
         groups = self.deal.positions(window).reshape(-1, self.deal.group_rows)
         together = max(1, PART_BYTES // (self.deal.group_rows * self.deal.image_bytes))
         for first in range(0, len(groups), together):
-            yield self._part(groups[first : first + together].ravel(), kept)
+            part = self._part(groups[first : first + together].ravel(), kept, bad)
+            self._check_share(bad, (first + together) * self.deal.group_rows)
+            yield part
 
-    def _part(self, position: NDArray[np.int64], kept: RowGroups) -> dict[str, Any]:
+    def _part(self, position: NDArray[np.int64], kept: RowGroups, bad: list[BadRow]) -> dict[str, Any]:
         before = retries()
         wanted = np.flatnonzero((position >= self.deal.start) & (position < self.deal.stop))
         due = position[wanted]
         planned = self.plan.rows(int(due.min()), int(due.max()) + 1)[due - due.min()]
         at = uniforms(self.plan.seed, "crop", due) if self.random_crop else None
         found = self.manifest.read(self.folder, planned, self.view, at, kept)
-        self._quarantine(found.bad, len(planned))
+        bad += found.bad
+        for one in found.bad:  # by its row: met again, by another task or in another epoch, it is listed already
+            said = json.dumps(one._asdict(), ensure_ascii=False)
+            self.quarantine.create(f"{one.row:010d}.json", said.encode())
         columns: dict[str, Any] = {"position": position}
         for name, values in (("row", found.row), ("label", found.label), ("image", found.image)):
             columns[name] = values if len(due) == len(position) else _among(len(position), wanted, values)
@@ -165,16 +173,14 @@ class ReadWindow:
         columns["retried"][wanted[0]] = retries() - before
         return columns
 
-    def _quarantine(self, bad: list[BadRow], images: int) -> None:
-        for one in bad:
-            # By its row: met again, by another task or in another epoch, it is the same object.
-            said = json.dumps(one._asdict(), ensure_ascii=False)
-            self.folder.put(f"{QUARANTINE}/{one.row:010d}.json", said.encode())
-        if len(bad) > self.max_bad_share * max(images, 1000):
+    def _check_share(self, bad: list[BadRow], images: int) -> None:
+        """Raise DataError if so many of a window's images are unusable that the share of all is more than allowed."""
+        allowed = self.max_bad_share * images
+        if len(bad) > allowed + 4 * allowed**0.5 + 3:  # four deviations more are no accident, nor are four of none
             raise DataError(
                 f"{len(bad)} of {images} images are unusable, more than data.ingest.max_bad_share = "
                 f"{self.max_bad_share} allows; the first: {bad[0].path}: {bad[0].reason}; raise the share, or mend the "
-                f"files that {self.folder.url}/{QUARANTINE} lists"
+                f"files that {self.quarantine.url} lists"
             )
 
 
@@ -205,7 +211,10 @@ def open_stream(read: ReadWindow, node_labels: dict[str, str] | None = None) -> 
     context.target_max_block_size = read.deal.block_rows * (read.deal.image_bytes + ROW_BYTES - 8)
     windows = len(read.deal.windows)
     remote = {"label_selector": node_labels} if node_labels else {}
-    numbers = ray.data.range(windows, override_num_blocks=windows)
+    # Ray prepares each read task before the first starts. So a few of them deal out the numbers, one a block.
+    numbers = ray.data.range(windows, override_num_blocks=-(-windows // NUMBERS)).repartition(
+        target_num_rows_per_block=1
+    )
     return numbers.map_batches(read, batch_size=None, zero_copy_batch=True, **remote)
 
 

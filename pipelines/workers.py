@@ -132,6 +132,7 @@ class TrainTask:
             view=self.view,
             random_crop=config.crop == "random",
             max_bad_share=config.ingest.max_bad_share,
+            quarantine=self.job.run / "quarantine",
         )
         return open_stream(read, config.wanted_labels)
 

@@ -41,7 +41,9 @@ def open_ours(folder: str, ordered: bool = True) -> Iterable[Any]:
         start=0, stop=LONG, batch_images=batch, micro_images=BATCH, window_batches=windows, image_bytes=image_bytes
     )
     plan = Plan(0, manifest.rows, manifest.row_group_rows, windows * batch)
-    read = ReadWindow(data, manifest, plan, deal, view, random_crop=False, max_bad_share=0.0)
+    read = ReadWindow(
+        data, manifest, plan, deal, view, random_crop=False, max_bad_share=0.0, quarantine=data / "quarantine"
+    )
     stream = open_stream(read)
     if not ordered:
         stream.context.execution_options = ExecutionOptions()

@@ -237,7 +237,7 @@ def folder_of_digits(tmp_path: Path) -> Folder:
     folder = Folder(str(tmp_path / "data"))
     manifest = Manifest(
         side=8, channels=1, encoding="raw", row_group_rows=128, labels=[], label_counts=[], quarantined=0, source="",
-        shards=[Shard(name="s", rows=1797, size_bytes=1, sha256="a")],
+        shards=[Shard(name="s", rows=1797, size_bytes=1, sha256="a", image_bytes=1, crc32=(0,))],
     )  # fmt: skip
     manifest.save(folder)
     return folder

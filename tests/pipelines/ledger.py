@@ -37,7 +37,9 @@ def task(data: Folder, start: int) -> ReadWindow:
     manifest = Manifest.load(data)
     deal = Deal(start=start, stop=STOP, batch_images=BATCH, micro_images=4, window_batches=4, image_bytes=64 * 64 * 3)
     plan = Plan(0, manifest.rows, manifest.row_group_rows, 4 * BATCH)
-    return ReadWindow(data, manifest, plan, deal, VIEW, random_crop=True, max_bad_share=0.0)
+    return ReadWindow(
+        data, manifest, plan, deal, VIEW, random_crop=True, max_bad_share=0.0, quarantine=data / "quarantine"
+    )
 
 
 def expected(data: Folder) -> dict[int, Entry]:

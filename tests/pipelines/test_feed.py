@@ -14,8 +14,8 @@ def test_what_goes_in_comes_out_in_order_with_an_account() -> None:
         assert position.tolist() == [i, i + 1] and label.tolist() == [-1, 3]
         assert np.array_equal(pixels.numpy(), image + i)
         pixels.zero_()  # its own memory
-    assert feed.troubles.tolist() == [0 + 1 + 2, 0 + 2 + 4]
+    assert (feed.replaced, feed.retried) == (0 + 1 + 2, 0 + 2 + 4)
     assert feed.waited_s > 0
     assert batches[1].image.any()
     feed.reset()
-    assert feed.troubles.tolist() == [0, 0] and feed.waited_s == 0
+    assert (feed.replaced, feed.retried, feed.waited_s) == (0, 0, 0)

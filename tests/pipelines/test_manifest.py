@@ -1,6 +1,7 @@
 """Reading rows of a data set: whatever the encoding, exactly what was asked for, or a word on why not."""
 
 import json
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,9 @@ def label_of(row: int) -> str | None:
     return [*LABELS, None][row % 4]
 
 
-def write(folder: Folder, encoding: Any, n: int = 50, group: int = 7, side: int = 12) -> tuple[Manifest, np.ndarray]:
+def write(
+    folder: Folder, encoding: Any, n: int = 50, group: int = 7, side: int = 12, broken: Collection[int] = ()
+) -> tuple[Manifest, np.ndarray]:
     """Write a data set of three shards; return its manifest and what its rows must look like."""
     stored, schema = pictures(n, side), IN_PLACE if encoding == "in-place" else PICTURES
     raw, shards = folder / "raw", list[Shard]()
@@ -37,9 +40,12 @@ def write(folder: Folder, encoding: Any, n: int = 50, group: int = 7, side: int 
         writer = ShardWriter(folder, f"shard-{part}", schema, 1000, group, "none")
         for i in rows.tolist():
             content = encode(stored[i], encoding if encoding in ("raw", "jpeg") else "png")
+            if i in broken:
+                content = content[:40] + bytes(len(content) - 40)
             if encoding == "in-place":
                 raw.put(f"{i}.png", content)
-                writer.add(f"{i}.png", len(content), "1", label_of(i))
+                (found,) = [found for found in raw.find() if found.name == f"{i}.png"]
+                writer.add(*found, label_of(i))
             else:
                 writer.add(content, label_of(i), f"{i}.png")
             if encoding == "jpeg":
@@ -179,9 +185,10 @@ def test_a_file_in_place_that_has_changed_is_refused(folder: Folder) -> None:
     raw, view = folder / "raw", View(side=8, channels=3)
     before = raw.get("7.png")
     raw.put("7.png", file(photograph(), "PNG"))
-    with pytest.raises(DamagedError, match=r"raw/7.png has \d+ bytes and had \d+ when it was listed"):
+    with pytest.raises(DamagedError, match=r"raw/7.png is not the object that was listed: it has changed since"):
         manifest.read(folder, np.arange(10), view)
     raw.put("7.png", before)
+    manifest, _ = write(folder, "in-place")
     assert manifest.read(folder, np.arange(10), view).image.any()
     Path(raw.path("7.png")).unlink()
     with pytest.raises(DataError, match=r"raw/7.png does not exist"):
@@ -213,10 +220,7 @@ def test_an_unusable_picture_is_replaced_and_named(folder: Folder) -> None:
 
 def test_a_data_set_without_a_usable_picture_is_refused(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_SKIPS", 4)
-    manifest, _ = write(folder, "in-place")
-    for i in range(10, 20):
-        data = (folder / "raw").get(f"{i}.png")
-        (folder / "raw").put(f"{i}.png", data[:40] + bytes(len(data) - 40))
+    manifest, _ = write(folder, "in-place", broken=range(10, 20))
     with pytest.raises(DataError, match=r"4 pictures in a row are unusable in .*; the last: 13.png"):
         manifest.read(folder, np.array([9, 10]), View(side=8, channels=3))
 
@@ -225,11 +229,15 @@ def test_the_digest_names_the_data_and_nothing_else(folder: Folder) -> None:
     manifest, _ = write(folder, "in-place")
     assert replace(manifest, source="s3://elsewhere", quarantined=9, duplicates=3).digest == manifest.digest
     assert replace(manifest, side=4).digest != manifest.digest
-    other = ShardWriter(folder, "other", IN_PLACE, 1000, 7, "none")
-    for i in range(20):
-        other.add(f"{i}.png", len((folder / "raw").get(f"{i}.png")), "2" if i == 11 else "1", label_of(i))
-    changed = replace(other.close()[0], name=manifest.shards[0].name)
-    assert replace(manifest, shards=[changed, *manifest.shards[1:]]).digest != manifest.digest, "a file has changed"
+    found = {entry.name: entry for entry in (folder / "raw").find()}
+    for newer in (None, 11):
+        other = ShardWriter(folder, "other", IN_PLACE, 1000, 7, "none")
+        for i in range(20):
+            name, size, version = found[f"{i}.png"]
+            other.add(name, size, version + "later" * (i == newer), label_of(i))
+        again = replace(other.close()[0], name=manifest.shards[0].name)
+        same = replace(manifest, shards=[again, *manifest.shards[1:]]).digest == manifest.digest
+        assert same == (newer is None), "a file has changed, or none has"
 
 
 def test_the_manifest_of_a_million_images_is_small(folder: Folder) -> None:

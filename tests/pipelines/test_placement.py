@@ -1,4 +1,4 @@
-"""On a cluster of several nodes, on one machine: who reads where, and what the loss of a node costs."""
+"""On a cluster of several nodes, on one machine: who reads where."""
 
 from collections.abc import Iterator
 
@@ -38,7 +38,8 @@ def test_only_nodes_with_the_labels_read(nodes: Cluster, folder: Folder, digits)
     manifest = ingest(IngestPlan.make(source, out, IngestConfig(side=8, channels=1)))
     deal = Deal(start=0, stop=2048, batch_images=64, micro_images=32, window_batches=2, image_bytes=64)
     plan = Plan(0, 256, manifest.row_group_rows, 128)
-    read = WhereItReads(out, manifest, plan, deal, View(side=8, channels=1), random_crop=False, max_bad_share=0.0)
+    view = View(side=8, channels=1)
+    read = WhereItReads(out, manifest, plan, deal, view, False, max_bad_share=0.0, quarantine=folder / "quarantine")
     (shard,) = open_stream(read, {"role": "data"}).streaming_split(1, equal=True)
     rows = [row for batch in batches(shard, deal, 0, 1) for row in batch.row.tolist()]
     assert rows == plan.rows(0, 2048).tolist()

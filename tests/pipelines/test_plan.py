@@ -51,6 +51,12 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
         assert abs(np.corrcoef(a, np.arange(1797))[0, 1]) < 0.1
 
 
+def test_a_window_is_shuffled_anew_in_each_epoch() -> None:
+    plan = Plan(0, 128, 128, 128)  # one chunk, one window: only the order within is left to differ
+    orders = [plan.rows(128 * epoch, 128 * (epoch + 1)).tolist() for epoch in range(4)]
+    assert len({tuple(order) for order in orders}) == 4
+
+
 def test_a_window_touches_the_chunks_that_it_has_and_at_most_one_more() -> None:
     plan = Plan(0, 10_000, 100, 512)
     touched = [len(np.unique(plan.rows(at, min(at + 512, 10_000)) // 100)) for at in range(0, 10_000, 512)]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.errors import DataError
+from pipelines.errors import DamagedError, DataError
 from pipelines.images import View, encode
 from pipelines.ingest import ingest
 from pipelines.ingest_plan import IngestConfig, IngestPlan
@@ -56,7 +56,7 @@ VIEW = View(side=8, channels=1)
 def read(data: tuple[Folder, Manifest], deal: Deal, view: View = VIEW, random_crop: bool = False) -> ReadWindow:
     folder, manifest = data
     plan = Plan(0, manifest.rows, manifest.row_group_rows, deal.window_batches * deal.batch_images)
-    return ReadWindow(folder, manifest, plan, deal, view, random_crop, max_bad_share=0.01)
+    return ReadWindow(folder, manifest, plan, deal, view, random_crop, 0.01, quarantine=folder / "quarantine")
 
 
 def joined(parts: Iterator[dict[str, Any]]) -> dict[str, Any]:
@@ -143,25 +143,57 @@ def test_a_cut_is_a_function_of_the_position(data: tuple[Folder, Manifest], digi
     assert (whole["image"] != centred).any(axis=(1, 2, 3)).mean() > 0.8
 
 
-@pytest.mark.ray
-def test_what_is_unusable_is_replaced_listed_and_limited(tmp_path: Path, ray_cluster: None) -> None:
+def test_what_is_unusable_is_replaced_listed_and_limited(alone: None, folder: Folder) -> None:
     """Files in place are first looked at in training: each bad one costs one image, and too many the run."""
-    source, out = Folder(str(tmp_path / "raw")), Folder(str(tmp_path / "data"))
+    source, out = folder / "raw", folder / "data"
     for i in range(120):
         picture = np.full((8, 8, 3), i, np.uint8)
-        source.put(f"{i:03d}.png", b"no picture" if i in (7, 50) else encode(picture, "png"))
+        source.put(f"{i:03d}.png", b"no picture" if i % 15 == 7 else encode(picture, "png"))
     manifest = ingest(IngestPlan.make(source, out, IngestConfig(side=0, encoding="in-place")))
     assert manifest.rows == 120
     deal = Deal(start=0, stop=128, batch_images=32, micro_images=32, window_batches=4, image_bytes=192)
-    task = read((out, manifest), deal, View(side=8, channels=3))
+    task = replace(read((out, manifest), deal, View(side=8, channels=3)), max_bad_share=0.1)
     found = joined(task.read(0))
     epoch = found["row"][found["position"] < 120]
-    assert found["replaced"][found["position"] < 120].sum() == 2
-    assert len(set(epoch.tolist())) == 118
-    listed = [json.loads(out.get(f"quarantine/{name}")) for name in (out / "quarantine").names()]
-    assert {entry["path"] for entry in listed} == {"007.png", "050.png"}
-    with pytest.raises(DataError, match=r"2 of 128 images are unusable, more than data.ingest.max_bad_share = 0.001"):
-        joined(replace(task, max_bad_share=0.001).read(0))
+    assert found["replaced"][found["position"] < 120].sum() == 8
+    assert len(set(epoch.tolist())) == 112
+    listed = [json.loads(task.quarantine.get(name)) for name in task.quarantine.names()]
+    assert {entry["path"] for entry in listed} == {f"{i:03d}.png" for i in range(7, 120, 15)}
+    with pytest.raises(DataError, match=r"8 of 128 images are unusable, more than data.ingest.max_bad_share = 0.01"):
+        joined(replace(task, max_bad_share=0.01).read(0))
+
+
+@pytest.mark.parametrize("where", ["folder", "s3"])
+def test_a_file_in_place_that_changed_is_refused(where: str, alone: None, request: pytest.FixtureRequest) -> None:
+    base: Folder = request.getfixturevalue(where)
+    for i in range(4):
+        (base / "raw").put(f"{i}.png", encode(np.full((8, 8, 3), i, np.uint8), "png"))
+    manifest = ingest(IngestPlan.make(base / "raw", base / "data", IngestConfig(side=0, encoding="in-place")))
+    view = View(side=8, channels=3)
+    assert manifest.read(base / "data", np.arange(4), view).bad == []
+    other = encode(np.full((8, 8, 3), 5, np.uint8), "png")
+    assert len(other) == len((base / "raw").get("2.png"))
+    (base / "raw").put("2.png", other)
+    with pytest.raises(DamagedError, match=r"2\.png is not the object that was listed: it has changed since"):
+        manifest.read(base / "data", np.arange(4), view)
+
+
+def test_a_shard_of_the_same_size_that_holds_something_else_is_refused(
+    data: tuple[Folder, Manifest], digits: Digits, tmp_path: Path
+) -> None:
+    folder, manifest = data
+    other = Folder(str(tmp_path))
+    writer = ShardWriter(other, "part-0", PICTURES, 10_000, 128, "none")
+    for row in range(500):
+        writer.add(encode(255 - digits[0][row], "raw"), str(digits[1][row]), f"{row}.png")
+    (shard,) = writer.close()
+    assert (shard.size_bytes, shard.rows) == (manifest.shards[0].size_bytes, manifest.shards[0].rows)
+    for name in folder.names():
+        if name.endswith(".parquet") and not other.exists(name):
+            other.put(name, folder.get(name))
+    assert manifest.read(other, np.arange(600, 900)).bad == []
+    with pytest.raises(DamagedError, match=r"part-0-0000\.parquet cannot be read: row group 0 is not what was written"):
+        manifest.read(other, np.arange(600))
 
 
 class Delivers:
