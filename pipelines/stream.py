@@ -151,7 +151,7 @@ class ReadWindow:
         together = max(1, PART_BYTES // (self.deal.group_rows * self.deal.image_bytes))
         for first in range(0, len(groups), together):
             part = self._part(groups[first : first + together].ravel(), kept, bad)
-            self._check_share(bad, (first + together) * self.deal.group_rows)
+            self._check_share(bad, min(first + together, len(groups)) * self.deal.group_rows)
             yield part
 
     def _part(self, position: NDArray[np.int64], kept: RowGroups, bad: list[BadRow]) -> dict[str, Any]:

@@ -99,10 +99,10 @@ def test_from_hostile_files_on_s3_to_a_trained_network(
              f"--tracking.uri=sqlite:///{tmp_path}/mlflow.db"]  # fmt: skip
     run = s3 / "yard" / "runs" / "digits"
     kill_when(lambda: checkpoints.newest(run) is not None, start(proxy.url, *train))
-    position = checkpoints.newest(run)[1].position  # type: ignore[index]
     # Another number of workers: the same stream, dealt otherwise.
     said = finish(start(proxy.url, *train, "--scaling.workers=1"))
-    assert said["trained_images"] == 2560 - position
+    # What was on its way to storage at the blow may still have arrived: one checkpoint, or two.
+    assert said["images"] == 2560 and said["trained_images"] in (2560 - 640, 2560 - 1280, 2560 - 1920)
     assert said["images_replaced"] == 0
     assert said["storage_retries"] > 0
     assert {"503", "reset", "500"} <= set(proxy.injected)
@@ -125,8 +125,7 @@ def test_raw_files_train_where_they_are_and_expired_credentials_are_exit_75(
     assert said["images"] == 2560
     # Each is met once or twice in 1.4 epochs, costs itself each time, and is listed once.
     assert broken <= said["images_replaced"] <= 2 * broken
-    (data,) = (s3 / "yard" / "data").names()
-    assert len((s3 / "yard" / "data" / data / "quarantine").names()) == broken
+    assert len((s3 / "yard" / "runs" / "digits" / "quarantine").names()) == broken
 
     proxy.rules = [Rule("expired")]
     error = finish(start(proxy.url, *train, "--fit.images=3200"), code=75)["error"]
