@@ -16,6 +16,7 @@ from pipelines.errors import ConfigurationError, DataError
 from pipelines.ingest_plan import IngestConfig, IngestPlan
 from pipelines.manifest import Manifest
 from pipelines.parts import DIGESTS, RECORDS, DigestPart, Duplicate, Part, Record, WritePart, do, find_duplicates
+from pipelines.retries import retries
 from pipelines.sources import sorted_labels
 from pipelines.storage import Folder
 
@@ -43,7 +44,7 @@ def ingest(plan: IngestPlan) -> Manifest:
         ConfigurationError: if its folder holds an ingest of other files, or of another configuration.
         DataError: if there are too many bad images, or storage refuses.
     """
-    out, source = plan.out, plan.source
+    out, source, before = plan.out, plan.source, retries()
     if not out.create(PLAN, json.dumps({"digest": plan.digest, "source": source.folder.url}).encode()):
         earlier = json.loads(out.get(PLAN))
         if earlier["digest"] != plan.digest:
@@ -66,7 +67,10 @@ def ingest(plan: IngestPlan) -> Manifest:
     # In place nothing is fetched: that is no work for a cluster.
     on_cluster = plan.config.encoding != "in-place"
     do(_missing(plan, RECORDS, dropped), WritePart(source, out, plan.form), on_cluster)
-    return _finish(plan, twice)
+    manifest = _finish(plan, twice)
+    if retries() > before:
+        log.info("ingest: storage was asked again %d times so far", retries())
+    return manifest
 
 
 def _missing(plan: IngestPlan, results: str, dropped: dict[int, set[int]]) -> list[Part]:
@@ -128,6 +132,7 @@ def _check_share(plan: IngestPlan, bad: list[dict[str, str]], good: int, broken:
 
 def ingest_job(job: IngestJob) -> dict[str, Any]:
     """Do what the job says; return where the data set is and what is in it."""
+    before = retries()
     manifest = ingest(IngestPlan.make(Folder(job.source), Folder(job.out), job.ingest))
     return {
         "data": Folder(job.out).url,
@@ -139,6 +144,7 @@ def ingest_job(job: IngestJob) -> dict[str, Any]:
         "row_group_rows": manifest.row_group_rows,
         "bytes": sum(shard.size_bytes for shard in manifest.shards),
         "digest": manifest.digest,
+        "storage_retries": retries() - before,
     }
 
 

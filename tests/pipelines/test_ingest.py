@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -22,8 +23,9 @@ from pipelines.images import View, encode
 from pipelines.ingest import IngestJob, dry_run, ingest, ingest_job
 from pipelines.ingest_plan import IngestConfig, IngestPlan
 from pipelines.manifest import Manifest
-from pipelines.parts import DigestPart, WritePart, find_duplicates, rows_for
-from pipelines.storage import Folder
+from pipelines.parts import DigestPart, Part, WritePart, do, find_duplicates, rows_for
+from pipelines.retries import retries
+from pipelines.storage import Folder, Stored
 
 CODE = Path(__file__).parents[2]
 CONFIG = IngestConfig(side=8, channels=1, shard_rows=500, row_group_rows=64)
@@ -95,6 +97,19 @@ def test_the_digits_come_through_whole(raw: Folder, folder: Folder, digits: Digi
     assert np.array_equal(read.label, digits[1][source])
     assert abs(np.corrcoef(source, np.arange(1797))[0, 1]) < 0.1, "neighbours come from anywhere"
     assert [shard.rows for shard in manifest.shards] == [500, 500, 500, 297]
+
+
+@pytest.mark.ray
+def test_what_other_processes_asked_again_is_summed(ray_cluster: None) -> None:
+    def task(row: dict[str, bytes]) -> dict[str, int]:
+        return {"part": pickle.loads(row["part"]).number, "images": 1, "bad": 0, "retries": 3}
+
+    parts = [Part(number, [Stored(f"{number}.png", 1, "")], {}) for number in range(4)]
+    before = retries()
+    do(parts, task, on_cluster=True)
+    assert retries() - before == 12
+    do(parts, task, on_cluster=False)
+    assert retries() - before == 12, "this process counts its own where they are made"
 
 
 @pytest.mark.ray
