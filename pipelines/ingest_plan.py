@@ -6,6 +6,7 @@ one folder) and a fixed number at a time; or one Parquet file or tar each, in it
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Literal
@@ -115,8 +116,10 @@ class IngestPlan:
 
         Raises:
             DataError: if it holds no images, or cannot be listed.
-            ConfigurationError: if it holds files of several kinds, or of one that the encoding cannot be for.
+            ConfigurationError: if it holds files of several kinds, or of one that the encoding cannot be for, or if
+                it and the folder of the data set lie in each other.
         """
+        _check_apart(source, out)
         found = source.find()
         kind = kind_of(found, config.source_kind, source.url)
         if kind != "files" and config.encoding == "in-place":
@@ -186,3 +189,14 @@ class IngestPlan:
     def finished(self) -> Manifest | None:
         """Return the manifest of the data set if it is there already."""
         return Manifest.load(self.out) if self.complete else None
+
+
+def _check_apart(source: Folder, out: Folder) -> None:
+    """Raise ConfigurationError if a source holds its data set, or lies in it: the next listing would find that too."""
+    paths = [os.path.realpath(folder.path()) if folder.is_local else folder.path() for folder in (source, out)]
+    one, other = (path.rstrip("/") + "/" for path in paths)
+    if source.filesystem == out.filesystem and (one.startswith(other) or other.startswith(one)):
+        raise ConfigurationError(
+            f"the data set is to be {out.url}, and its source is {source.url}: one lies in the other, so the next "
+            "listing of the source would find the data set; give a folder beside the source"
+        )

@@ -368,3 +368,25 @@ def test_a_job_says_what_it_did_and_would_do(some: Folder, folder: Folder, alone
     assert (did["images"], did["quarantined"], did["duplicates"], did["shards"]) == (20, 2, 0, 1)
     assert did["digest"] == Manifest.load(folder).digest
     assert dry_run(job)["complete"]
+
+
+@pytest.mark.parametrize(("source", "out"), [("a", "a"), ("a", "a/b/c"), ("a/b", "a")])
+@pytest.mark.parametrize("root", ["", "memory://nested"])
+def test_a_data_set_does_not_lie_in_its_own_source(source: str, out: str, root: str, tmp_path: Path) -> None:
+    """Or the next listing would find it there."""
+    above = Folder(root or str(tmp_path))
+    (above / source).put("a.png", b"x")
+    with pytest.raises(ConfigurationError) as caught:
+        IngestPlan.make(above / source, above / out, CONFIG)
+    says = f"the data set is to be {above.url}/{out}, and its source is {above.url}/{source}: one lies in the other"
+    assert says in str(caught.value) and "give a folder beside the source" in str(caught.value)
+
+
+def test_a_data_set_may_lie_beside_its_source(tmp_path: Path) -> None:
+    (tmp_path / "digits").mkdir()
+    (tmp_path / "digits" / "a.png").write_bytes(b"x")
+    plan = IngestPlan.make(Folder(str(tmp_path / "digits")), Folder(str(tmp_path / "digits-8x8")), CONFIG)
+    assert plan.parts == 1
+    (tmp_path / "link").symlink_to(tmp_path / "digits")
+    with pytest.raises(ConfigurationError, match="one lies in the other"):
+        IngestPlan.make(Folder(str(tmp_path / "link")), Folder(str(tmp_path / "digits" / "out")), CONFIG)
