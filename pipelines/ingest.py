@@ -14,10 +14,10 @@ from pydantic import TypeAdapter
 
 from pipelines.errors import ConfigurationError, DataError
 from pipelines.ingest_plan import IngestConfig, IngestPlan
+from pipelines.labels import sorted_labels
 from pipelines.manifest import Manifest
 from pipelines.parts import DIGESTS, RECORDS, DigestPart, Duplicate, Part, Record, WritePart, do, find_duplicates
 from pipelines.retries import retries
-from pipelines.sources import sorted_labels
 from pipelines.storage import Folder
 
 PLAN, QUARANTINE, DUPLICATES = "ingest.json", "quarantine.jsonl", "duplicates.jsonl"

@@ -16,10 +16,11 @@ import numpy as np
 from models.philox import stream_key
 from pipelines.errors import ConfigurationError
 from pipelines.images import Encoding
+from pipelines.labels import check_label_column, read_labels, sorted_labels, whose_labels
 from pipelines.manifest import NAME, Manifest
 from pipelines.parts import Form, Part, rows_for
 from pipelines.permutation import permute
-from pipelines.sources import Source, kind_of, of_kind, read_labels, sorted_labels, whose_labels
+from pipelines.sources import Source, kind_of, of_kind
 from pipelines.storage import Folder, Stored
 
 
@@ -47,7 +48,7 @@ class IngestConfig:
     image_column: str = "image"
     """Of Parquet files: bytes, or a struct with bytes in it."""
     label_column: str = "label"
-    """Of Parquet files; one that is not there is no label."""
+    """Of Parquet files; if the default is not there, there are no labels."""
     drop_duplicates: bool = False
     """Leave out all but the first of images with the same bytes. Reads the source twice."""
     shard_rows: int = 0
@@ -116,8 +117,8 @@ class IngestPlan:
 
         Raises:
             DataError: if it holds no images, or cannot be listed.
-            ConfigurationError: if it holds files of several kinds, or of one that the encoding cannot be for, or if
-                it and the folder of the data set lie in each other.
+            ConfigurationError: if it holds files of several kinds, or of one that the encoding cannot be for, or
+                lacks the label column that was asked for, or if it and the folder of the data set lie in each other.
         """
         _check_apart(source, out)
         found = source.find()
@@ -132,16 +133,19 @@ class IngestPlan:
         form = asdict(config)
         del form["max_bad_share"]  # decides whether to go on, not what is made
         what = json.dumps([form, files, listed], sort_keys=True)
+        labels = whose_labels(config.labels, kind, files)
         if kind == "files":
             order = permute(np.arange(len(files)), len(files), stream_key(0, "ingest"))
             files = [files[i] for i in order]
         reader = Source(
             folder=source,
             kind=kind,
-            labels=whose_labels(config.labels, kind, files),
+            labels=labels,
             image_column=config.image_column,
             label_column=config.label_column,
         )
+        if kind == "parquet" and labels == "own" and config.label_column != IngestConfig.label_column:
+            check_label_column(reader, files)
         return IngestPlan(reader, out, config, files, listed, hashlib.sha256(what.encode()).hexdigest())
 
     @cached_property

@@ -390,3 +390,42 @@ def test_a_data_set_may_lie_beside_its_source(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "digits")
     with pytest.raises(ConfigurationError, match="one lies in the other"):
         IngestPlan.make(Folder(str(tmp_path / "link")), Folder(str(tmp_path / "digits" / "out")), CONFIG)
+
+
+def test_images_beside_the_folders_of_labels_are_named(
+    folder: Folder, digits: Digits, alone: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("cat/a.png", "dog/b.png"):
+        (folder / "raw").put(name, encode(digits[0][0], "png"))
+    assert IngestPlan.make(folder / "raw", folder / "out", CONFIG).labels == ["cat", "dog"] and not caplog.text
+    for i in range(5):
+        (folder / "raw").put(f"stray-{i}.png", encode(digits[0][0], "png"))
+    assert IngestPlan.make(folder / "raw", folder / "out", CONFIG).labels == []
+    (record,) = caplog.records
+    assert record.name == "brickyard.ingest" and record.levelname == "WARNING"
+    says = (
+        "5 of 7 images lie in no folder, such as stray-0.png, stray-1.png, stray-2.png; therefore no labels are taken"
+    )
+    assert says in record.message and "move them into folders, or set ingest.labels to none" in record.message
+    caplog.clear()
+    assert IngestPlan.make(folder / "raw", folder / "out", replace(CONFIG, labels="none")).labels == []
+    (folder / "flat").put("a.png", b"x")
+    assert IngestPlan.make(folder / "flat", folder / "out", CONFIG).labels == [] and not caplog.text
+
+
+def test_a_label_column_that_is_in_no_file_is_refused(folder: Folder, digits: Digits, alone: None) -> None:
+    """Unless nobody asked for it: by default there is one or there is none."""
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"image": [encode(digits[0][0], "png")], "kind": ["cat"]}), buffer)
+    (folder / "raw").put("broken.parquet", b"no Parquet")
+    (folder / "raw").put("a.parquet", buffer.getvalue())
+    (folder / "raw").put("b.parquet", buffer.getvalue())
+    config = replace(CONFIG, max_bad_share=0.9)
+    with pytest.raises(ConfigurationError, match=r"ingest.label_column is 'kinds'; .* the columns image, kind: set it"):
+        IngestPlan.make(folder / "raw", folder / "out", replace(config, label_column="kinds"))
+    made = IngestPlan.make(folder / "raw", folder / "out", replace(config, label_column="kinds", labels="none"))
+    assert made.labels == [], "no column is asked for"
+    assert ingest(IngestPlan.make(folder / "raw", folder / "a", replace(config, label_column="kind"))).labels == ["cat"]
+    assert ingest(IngestPlan.make(folder / "raw", folder / "b", config)).labels == []
+    (folder / "bad").put("broken.parquet", b"no Parquet")
+    assert IngestPlan.make(folder / "bad", folder / "out", replace(config, label_column="kind")).parts == 1

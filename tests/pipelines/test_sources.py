@@ -14,7 +14,8 @@ import pytest
 from pipelines import sources as module
 from pipelines.errors import ConfigurationError, DataError, TryAgainError
 from pipelines.images import encode
-from pipelines.sources import Entry, Source, kind_of, of_kind, portions, read_labels, sorted_labels
+from pipelines.labels import read_labels, sorted_labels
+from pipelines.sources import Entry, Source, kind_of, of_kind, portions
 from pipelines.storage import Folder, Stored
 
 N = 30
