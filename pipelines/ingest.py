@@ -117,7 +117,12 @@ def _finish(plan: IngestPlan, twice: list[Duplicate]) -> Manifest:
 
 
 def _check_share(plan: IngestPlan, bad: list[dict[str, str]], good: int, broken: int) -> None:
-    """Raise DataError if too many images, or too many Parquet files or tars, are unusable."""
+    """Raise DataError if there are no images, or if too many, or too many Parquet files or tars, are unusable."""
+    if not good and not bad:
+        raise DataError(
+            f"no images in {len(plan.files)} files of kind {plan.source.kind} below {plan.source.folder.url}; check "
+            "what they hold, or the URL"
+        )
     share = max(len(bad) / max(len(bad) + good, 1), broken / len(plan.files))
     if good and share <= plan.config.max_bad_share:
         return

@@ -429,3 +429,19 @@ def test_a_label_column_that_is_in_no_file_is_refused(folder: Folder, digits: Di
     assert ingest(IngestPlan.make(folder / "raw", folder / "b", config)).labels == []
     (folder / "bad").put("broken.parquet", b"no Parquet")
     assert IngestPlan.make(folder / "bad", folder / "out", replace(config, label_column="kind")).parts == 1
+
+
+def test_files_without_any_image_are_no_data_set(folder: Folder, alone: None) -> None:
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"image": pa.array([], pa.binary())}), buffer)
+    for name in ("a.parquet", "b.parquet"):
+        (folder / "parquet").put(name, buffer.getvalue())
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as file:
+        add(file, "notes.md", b"x")
+    (folder / "tar").put("a.tar", buffer.getvalue())
+    for kind, files in (("parquet", 2), ("tar", 1)):
+        for duplicates in (False, True):
+            config = replace(CONFIG, drop_duplicates=duplicates)
+            with pytest.raises(DataError, match=rf"no images in {files} files of kind {kind} below .*/{kind}; check"):
+                ingest(IngestPlan.make(folder / kind, folder / f"{kind}-{duplicates}", config))
