@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from pipelines.errors import ConfigurationError, DataError
+from pipelines.errors import DataError
 from pipelines.ingest_plan import IngestConfig, IngestPlan
 from pipelines.labels import sorted_labels
 from pipelines.manifest import Manifest
@@ -20,7 +20,7 @@ from pipelines.parts import DIGESTS, RECORDS, DigestPart, Duplicate, Part, Recor
 from pipelines.retries import retries
 from pipelines.storage import Folder
 
-PLAN, QUARANTINE, DUPLICATES = "ingest.json", "quarantine.jsonl", "duplicates.jsonl"
+QUARANTINE, DUPLICATES = "quarantine.jsonl", "duplicates.jsonl"
 MAX_LABELS = 65_536
 
 log = logging.getLogger("brickyard.ingest")
@@ -45,17 +45,10 @@ def ingest(plan: IngestPlan) -> Manifest:
         DataError: if there are too many bad images, or storage refuses.
     """
     out, source, before = plan.out, plan.source, retries()
-    if not out.create(PLAN, json.dumps({"digest": plan.digest, "source": source.folder.url}).encode()):
-        earlier = json.loads(out.get(PLAN))
-        if earlier["digest"] != plan.digest:
-            raise ConfigurationError(
-                f"{out.url} holds an ingest of {earlier['source']} as it was, with the configuration of then; the "
-                "files or the ingest.* fields differ now: give another folder, or delete that one"
-            )
-    if plan.complete:
+    if finished := plan.finished():
         log.info("ingest: %s is complete; nothing to do", out.url)
-        return Manifest.load(out)
-
+        return finished
+    plan.begin()
     twice: list[Duplicate] = []
     if plan.config.drop_duplicates:
         do(_missing(plan, DIGESTS, {}), DigestPart(source, out), on_cluster=True)

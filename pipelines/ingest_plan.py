@@ -23,6 +23,9 @@ from pipelines.permutation import permute
 from pipelines.sources import Source, kind_of, of_kind
 from pipelines.storage import Folder, Stored
 
+PLAN = "ingest.json"
+"""Beside the manifest: of what it is made, from the first moment on."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class IngestConfig:
@@ -185,14 +188,38 @@ class IngestPlan:
             listed = {path: label for path, label in self.listed.items() if path.startswith(f"{files[0].name}/")}
         return Part(number, files, listed, dropped)
 
+    def begin(self) -> None:
+        """Write down in the folder what is to be made there, or see that it is so written already.
+
+        Raises:
+            ConfigurationError: if its folder holds an ingest of other files, or of another configuration.
+        """
+        what = {"digest": self.digest, "source": self.source.folder.url}
+        if not self.out.create(PLAN, json.dumps(what).encode()):
+            self._check_begun()
+
     @property
     def complete(self) -> bool:
-        """Whether the data set is there already."""
+        """Whether the data set is there already; raises as :meth:`begin` does."""
+        self._check_begun()
         return self.out.exists(NAME)
 
     def finished(self) -> Manifest | None:
-        """Return the manifest of the data set if it is there already."""
+        """Return the manifest of the data set if it is there already; raises as :meth:`begin` does."""
         return Manifest.load(self.out) if self.complete else None
+
+    def _check_begun(self) -> None:
+        if self.out.exists(PLAN):
+            earlier = json.loads(self.out.get(PLAN))
+        elif self.out.exists(NAME):  # nobody can know what it was made of
+            earlier = {"digest": None, "source": Manifest.load(self.out).source}
+        else:
+            return
+        if earlier["digest"] != self.digest:
+            raise ConfigurationError(
+                f"{self.out.url} holds an ingest of {earlier['source']} as it was, with the configuration of then; the "
+                "files or the ingest.* fields differ now: give another folder, or delete that one"
+            )
 
 
 def _check_apart(source: Folder, out: Folder) -> None:

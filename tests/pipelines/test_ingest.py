@@ -297,9 +297,25 @@ def test_storage_that_fails_costs_no_image(raw: Folder, folder: Folder, monkeypa
 
 def test_another_source_or_form_is_refused(raw: Folder, some: Folder, folder: Folder, alone: None) -> None:
     ingest(IngestPlan.make(raw, folder, CONFIG))
-    for plan in (IngestPlan.make(some, folder, CONFIG), IngestPlan.make(raw, folder, replace(CONFIG, side=16))):
-        with pytest.raises(ConfigurationError, match=r"holds an ingest of .*: give another folder"):
-            ingest(plan)
+    refused = pytest.raises(ConfigurationError, match=rf"holds an ingest of {raw.url} as it was.*: give another folder")
+    for source, config in ((some, CONFIG), (raw, replace(CONFIG, side=16))):
+        plan = IngestPlan.make(source, folder, config)
+        for ask in (lambda plan=plan: ingest(plan), lambda plan=plan: plan.complete, plan.finished):
+            with refused:
+                ask()
+        with refused:
+            dry_run(IngestJob(source=source.url, out=folder.url, ingest=config))
+    # As long as it is not finished, too; and of a data set without a word of which ingest it is.
+    (folder / "begun").put("ingest.json", folder.get("ingest.json"))
+    (folder / "other").put("manifest.json", folder.get("manifest.json"))
+    for name, source in (("begun", some), ("other", some), ("other", raw)):
+        with refused:
+            dry_run(IngestJob(source=source.url, out=(folder / name).url, ingest=CONFIG))
+        with refused:
+            ingest(IngestPlan.make(source, folder / name, CONFIG))
+    assert (folder / "other").names() == ["manifest.json"]
+    plan = IngestPlan.make(raw, folder / "begun", CONFIG)
+    assert not plan.complete and plan.finished() is None
 
 
 def test_labels_of_a_list(some: Folder, folder: Folder, tmp_path: Path, alone: None) -> None:
