@@ -91,7 +91,7 @@ def _finish(plan: IngestPlan, twice: list[Duplicate]) -> Manifest:
     if len(labels) > MAX_LABELS:
         raise DataError(
             f"{plan.source.folder.url} has {len(labels)} different labels, such as {labels[-1]!r}: are these captions? "
-            "Say --ingest.labels none, and another folder"
+            "Set ingest.labels to none, and give another folder"
         )
     manifest = Manifest(
         side=plan.form.side,

@@ -68,12 +68,17 @@ class IngestConfig:
             raise ConfigurationError(f"ingest.side is {self.side}; it must lie in 1..4096 pixels, or be 0")
         if self.side == 0 and self.encoding == "raw":
             raise ConfigurationError(
-                "ingest.side is 0 and ingest.encoding raw, whose images are of one size: say a side, or take png"
+                "ingest.side is 0 and ingest.encoding raw, whose images are of one size: set a side, or take png"
             )
         if self.side and self.encoding in ("keep", "in-place"):
             raise ConfigurationError(
                 f"ingest.side is {self.side} and ingest.encoding {self.encoding}, which leaves images as large as they "
-                "are: add --ingest.side 0, or take another encoding"
+                "are: set ingest.side to 0, or take another encoding"
+            )
+        if self.labels not in ("folder", "none") and "/" not in self.labels and not self.labels.endswith(".csv"):
+            raise ConfigurationError(
+                f"ingest.labels is {self.labels!r}; it must be folder, none, or the URL of a CSV file with the columns "
+                "path,label"
             )
         for name in ("shard_rows", "row_group_rows"):
             if getattr(self, name) < 0:

@@ -8,7 +8,7 @@ from typing import Literal
 from pipelines.errors import ConfigurationError, DataError
 from pipelines.shards import ahead
 from pipelines.sources import Kind, Source
-from pipelines.storage import Folder, Stored
+from pipelines.storage import Folder, Stored, absolute
 
 log = logging.getLogger("brickyard.ingest")
 
@@ -19,9 +19,9 @@ def read_labels(url: str) -> dict[str, str]:
     Raises:
         DataError: if it cannot be read, or is not that.
     """
-    parent, _, name = url.rpartition("/")
+    parent, _, name = absolute(url).rpartition("/")
     try:
-        lines = csv.DictReader(io.StringIO(Folder(parent or ".").get(name).decode("utf-8-sig"), newline=""))
+        lines = csv.DictReader(io.StringIO(Folder(f"{parent}/").get(name).decode("utf-8-sig"), newline=""))
         if not {"path", "label"} <= set(lines.fieldnames or []):
             raise DataError(f"{url} begins with {lines.fieldnames}; its first line must name the columns path,label")
         found: dict[str, str] = {}

@@ -62,7 +62,7 @@ def kind_of(found: list[Stored], said: Kind | Literal["auto"], url: str) -> Kind
     if len(there) > 1:
         words = " and ".join(f"{counts[kind]} of kind {kind}" for kind in there)
         raise ConfigurationError(
-            f"{url} holds files of several kinds, {words}: say which to take, such as --ingest.source-kind {there[0]}"
+            f"{url} holds files of several kinds, {words}: set ingest.source_kind to one, such as {there[0]}"
         )
     return there[0]
 
@@ -161,7 +161,8 @@ class Source:
         schema = parquet.schema_arrow
         if self.image_column not in schema.names:
             raise ValueError(
-                f"it has no column {self.image_column!r} but {', '.join(schema.names)}; say --ingest.image-column"
+                f"it has no column {self.image_column!r} but {', '.join(schema.names)}; set "
+                "ingest.image_column to one of them"
             )
         kind = schema.field(self.image_column).type
         inner = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0

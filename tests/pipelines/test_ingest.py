@@ -339,7 +339,8 @@ def test_captions_are_no_labels(folder: Folder, digits: Digits, alone: None, mon
             add(file, f"{i}.png", encode(digits[0][i], "png"))
             add(file, f"{i}.txt", f"the digit number {i}".encode())
     (folder / "tars").put("a.tar", buffer.getvalue())
-    with pytest.raises(DataError, match=r"has 10 different labels, such as 'the digit number 9': are these captions\?"):
+    says = r"has 10 different labels, such as 'the digit number 9': are these captions\? Set ingest.labels to none"
+    with pytest.raises(DataError, match=says):
         ingest(IngestPlan.make(folder / "tars", folder / "out", CONFIG))
 
 
@@ -347,8 +348,10 @@ def test_captions_are_no_labels(folder: Folder, digits: Digits, alone: None, mon
     ("changes", "says"),
     [
         ({"side": 0, "encoding": "raw"}, "ingest.side is 0 and ingest.encoding raw"),
-        ({"side": 8, "encoding": "keep"}, "add --ingest.side 0"),
-        ({"side": 8, "encoding": "in-place"}, "add --ingest.side 0"),
+        ({"side": 8, "encoding": "keep"}, "keep, which leaves.*: set ingest.side to 0"),
+        ({"side": 8, "encoding": "in-place"}, "in-place, which leaves.*: set ingest.side to 0"),
+        ({"labels": "folders"}, "ingest.labels is 'folders'; it must be folder, none, or the URL of a CSV file"),
+        ({"labels": ""}, "it must be folder, none, or the URL of a CSV file"),
         ({"side": 4097}, "must lie in 1..4096"),
         ({"jpeg_quality": 0}, "must lie in 1..100"),
         ({"shard_rows": -1}, "ingest.shard_rows is -1"),
