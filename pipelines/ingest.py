@@ -16,7 +16,18 @@ from pipelines.errors import DataError
 from pipelines.ingest_plan import IngestConfig, IngestPlan
 from pipelines.labels import sorted_labels
 from pipelines.manifest import Manifest
-from pipelines.parts import DIGESTS, RECORDS, DigestPart, Duplicate, Part, Record, WritePart, do, find_duplicates
+from pipelines.parts import (
+    DIGESTS,
+    RECORDS,
+    DigestPart,
+    Duplicate,
+    Part,
+    Record,
+    WritePart,
+    do,
+    find_duplicates,
+    result,
+)
 from pipelines.retries import retries
 from pipelines.storage import Folder
 
@@ -52,7 +63,7 @@ def ingest(plan: IngestPlan) -> Manifest:
     twice: list[Duplicate] = []
     if plan.config.drop_duplicates:
         do(_missing(plan, DIGESTS, {}), DigestPart(source, out), on_cluster=True)
-        digests = [json.loads(out.get(f"{DIGESTS}/{plan.part(number).name}.json")) for number in range(plan.parts)]
+        digests = [json.loads(out.get(result(DIGESTS, number))) for number in range(plan.parts)]
         twice = find_duplicates(digests, by_path=source.kind == "files")
     dropped: dict[int, set[int]] = {}
     for duplicate in twice:
@@ -68,16 +79,15 @@ def ingest(plan: IngestPlan) -> Manifest:
 
 def _missing(plan: IngestPlan, results: str, dropped: dict[int, set[int]]) -> list[Part]:
     """Return the parts whose result is not there yet."""
-    done = set((plan.out / results).names())
-    parts = [plan.part(number, frozenset(dropped.get(number, ()))) for number in range(plan.parts)]
-    missing = [part for part in parts if f"{part.name}.json" not in done]
-    log.info("ingest: %d files in %d parts, %d still to do for %s", len(plan.files), len(parts), len(missing), results)
-    return missing
+    done = {f"{results}/{name}" for name in (plan.out / results).names()}
+    missing = [number for number in range(plan.parts) if result(results, number) not in done]
+    log.info("ingest: %d files in %d parts, %d still to do for %s", len(plan.files), plan.parts, len(missing), results)
+    return [plan.part(number, frozenset(dropped.get(number, ()))) for number in missing]
 
 
 def _finish(plan: IngestPlan, twice: list[Duplicate]) -> Manifest:
     read = TypeAdapter(Record).validate_json
-    records = [read(plan.out.get(f"{RECORDS}/{number:06d}.json")) for number in range(plan.parts)]
+    records = [read(plan.out.get(result(RECORDS, number))) for number in range(plan.parts)]
     bad = [entry for record in records for entry in record.bad]
     shards = [shard for record in records for shard in record.shards]
     for name, lines in ((QUARANTINE, bad), (DUPLICATES, [{"path": d.path, "same_as": d.same_as} for d in twice])):

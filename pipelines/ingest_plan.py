@@ -190,8 +190,20 @@ class IngestPlan:
         if self.source.kind == "files":
             listed = {file.name: self.listed[file.name] for file in files if file.name in self.listed}
         else:
-            listed = {path: label for path, label in self.listed.items() if path.startswith(f"{files[0].name}/")}
+            listed = self._listed_in[files[0].name]
         return Part(number, files, listed, dropped)
+
+    @cached_property
+    def _listed_in(self) -> dict[str, dict[str, str]]:
+        """Labels by Parquet file or tar, then by path: that of an image begins with that of its file."""
+        listed: dict[str, dict[str, str]] = {file.name: {} for file in self.files}
+        for path, label in self.listed.items():
+            end = path.find("/")
+            while end >= 0:
+                if path[:end] in listed:
+                    listed[path[:end]][path] = label
+                end = path.find("/", end + 1)
+        return listed
 
     def begin(self) -> None:
         """Write down in the folder what is to be made there, or see that it is so written already.

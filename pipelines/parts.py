@@ -45,6 +45,11 @@ def rows_for(row_bytes: int, group_rows: int, shard_rows: int) -> tuple[int, int
     return group, shard_rows or max(1, min(SHARD_BYTES // row_bytes, MAX_SHARD_ROWS) // group) * group
 
 
+def result(folder: str, number: int) -> str:
+    """Return the name of what is written of a part, below RECORDS or DIGESTS."""
+    return f"{folder}/{number:06d}.json"
+
+
 @dataclass(frozen=True)
 class Part:
     """What one task does: some files of the source."""
@@ -55,10 +60,6 @@ class Part:
     """Labels by path, where these are listed."""
     dropped: frozenset[int] = frozenset()
     """The entries to leave out as duplicates, by their place in the part."""
-
-    @property
-    def name(self) -> str:
-        return f"{self.number:06d}"
 
     @property
     def size_bytes(self) -> int:
@@ -95,7 +96,7 @@ class WritePart:
         in_place = form.encoding == "in-place"
         writer = ShardWriter(
             self.out,
-            f"shard-{part.name}",
+            f"shard-{part.number:06d}",
             IN_PLACE if in_place else PICTURES,
             form.shard_rows,
             form.row_group_rows,
@@ -122,7 +123,7 @@ class WritePart:
             else:
                 labels.update([entry.label] if entry.label is not None else [])
         record = Record(shards=writer.close(), label_counts=dict(labels), bad=bad, broken=broken)
-        self.out.put(f"{RECORDS}/{part.name}.json", json.dumps(asdict(record)).encode())
+        self.out.put(result(RECORDS, part.number), json.dumps(asdict(record)).encode())
         images = sum(shard.rows for shard in record.shards)
         return {"part": part.number, "images": images, "bad": len(bad), "retries": retries() - before}
 
@@ -148,7 +149,7 @@ class DigestPart:
             (entry.path, hashlib.blake2b(entry.data, digest_size=16).hexdigest() if entry.data else "")
             for entry in self.source.entries(part.files, part.listed)
         ]
-        self.out.put(f"{DIGESTS}/{part.name}.json", json.dumps(found).encode())
+        self.out.put(result(DIGESTS, part.number), json.dumps(found).encode())
         return {"part": part.number, "images": len(found), "bad": 0, "retries": retries() - before}
 
 

@@ -11,6 +11,7 @@ import tarfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -464,3 +465,37 @@ def test_files_without_any_image_are_no_data_set(folder: Folder, alone: None) ->
             config = replace(CONFIG, drop_duplicates=duplicates)
             with pytest.raises(DataError, match=rf"no images in {files} files of kind {kind} below .*/{kind}; check"):
                 ingest(IngestPlan.make(folder / kind, folder / f"{kind}-{duplicates}", config))
+
+
+def test_labels_of_a_list_go_to_the_tars_that_they_are_of(folder: Folder) -> None:
+    """Looked through once, however many tars there are; a tar in a folder named like a tar is of both."""
+    names = ["a.tar", "a.tar/b.tar", "ab.tar", "x/a.tar"]
+    for name in names[1:]:  # a file system has no file and folder of one name; an object store may
+        (folder / "raw").put(name, b"x")
+    paths = ["a.tar/1.png", "a.tar/b.tar/d/2.png", "ab.tar/3.png", "x/a.tar/4.png", "x/5.png", "a.tar", "z.tar/6.png"]
+    folder.put("labels.csv", "\n".join(["path,label", *(f"{path},{path[-5:]}" for path in paths)]).encode())
+    plan = IngestPlan.make(folder / "raw", folder / "out", replace(CONFIG, labels=f"{folder.url}/labels.csv"))
+
+    class Counted(dict[str, str]):
+        looks = 0
+
+        def items(self) -> Any:
+            Counted.looks += 1
+            return super().items()
+
+    plan = replace(plan, files=[Stored("a.tar", 1, ""), *plan.files], listed=Counted(plan.listed))
+    assert [part.files[0].name for part in map(plan.part, range(plan.parts))] == names
+    assert [list(plan.part(number).listed) for number in range(4)] == [[paths[0], paths[1]], *([p] for p in paths[1:4])]
+    assert Counted.looks == 1
+
+
+def test_a_part_that_is_done_is_not_made_again(raw: Folder, folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = IngestPlan.make(raw, folder, replace(CONFIG, side=0, encoding="in-place", drop_duplicates=False))
+    ingest(plan)
+    (Path(folder.path("manifest.json"))).unlink()
+    (Path(folder.path("records/000002.json"))).unlink()
+    made: list[int] = []
+    part = IngestPlan.part
+    monkeypatch.setattr(IngestPlan, "part", lambda self, n, *dropped: made.append(n) or part(self, n, *dropped))
+    ingest(plan)
+    assert made == [2]
