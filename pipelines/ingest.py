@@ -12,14 +12,26 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from pipelines.errors import ConfigurationError, DataError
+from pipelines.errors import DataError
 from pipelines.ingest_plan import IngestConfig, IngestPlan
+from pipelines.labels import sorted_labels
 from pipelines.manifest import Manifest
-from pipelines.parts import DIGESTS, RECORDS, DigestPart, Duplicate, Part, Record, WritePart, do, find_duplicates
-from pipelines.sources import sorted_labels
+from pipelines.parts import (
+    DIGESTS,
+    RECORDS,
+    DigestPart,
+    Duplicate,
+    Part,
+    Record,
+    WritePart,
+    do,
+    find_duplicates,
+    result,
+)
+from pipelines.retries import retries
 from pipelines.storage import Folder
 
-PLAN, QUARANTINE, DUPLICATES = "ingest.json", "quarantine.jsonl", "duplicates.jsonl"
+QUARANTINE, DUPLICATES = "quarantine.jsonl", "duplicates.jsonl"
 MAX_LABELS = 65_536
 
 log = logging.getLogger("brickyard.ingest")
@@ -43,22 +55,15 @@ def ingest(plan: IngestPlan) -> Manifest:
         ConfigurationError: if its folder holds an ingest of other files, or of another configuration.
         DataError: if there are too many bad images, or storage refuses.
     """
-    out, source = plan.out, plan.source
-    if not out.create(PLAN, json.dumps({"digest": plan.digest, "source": source.folder.url}).encode()):
-        earlier = json.loads(out.get(PLAN))
-        if earlier["digest"] != plan.digest:
-            raise ConfigurationError(
-                f"{out.url} holds an ingest of {earlier['source']} as it was, with the configuration of then; the "
-                "files or the ingest.* fields differ now: give another folder, or delete that one"
-            )
-    if plan.complete:
+    out, source, before = plan.out, plan.source, retries()
+    if finished := plan.finished():
         log.info("ingest: %s is complete; nothing to do", out.url)
-        return Manifest.load(out)
-
+        return finished
+    plan.begin()
     twice: list[Duplicate] = []
     if plan.config.drop_duplicates:
         do(_missing(plan, DIGESTS, {}), DigestPart(source, out), on_cluster=True)
-        digests = [json.loads(out.get(f"{DIGESTS}/{plan.part(number).name}.json")) for number in range(plan.parts)]
+        digests = [json.loads(out.get(result(DIGESTS, number))) for number in range(plan.parts)]
         twice = find_duplicates(digests, by_path=source.kind == "files")
     dropped: dict[int, set[int]] = {}
     for duplicate in twice:
@@ -66,21 +71,23 @@ def ingest(plan: IngestPlan) -> Manifest:
     # In place nothing is fetched: that is no work for a cluster.
     on_cluster = plan.config.encoding != "in-place"
     do(_missing(plan, RECORDS, dropped), WritePart(source, out, plan.form), on_cluster)
-    return _finish(plan, twice)
+    manifest = _finish(plan, twice)
+    if retries() > before:
+        log.info("ingest: storage was asked again %d times so far", retries())
+    return manifest
 
 
 def _missing(plan: IngestPlan, results: str, dropped: dict[int, set[int]]) -> list[Part]:
     """Return the parts whose result is not there yet."""
-    done = set((plan.out / results).names())
-    parts = [plan.part(number, frozenset(dropped.get(number, ()))) for number in range(plan.parts)]
-    missing = [part for part in parts if f"{part.name}.json" not in done]
-    log.info("ingest: %d files in %d parts, %d still to do for %s", len(plan.files), len(parts), len(missing), results)
-    return missing
+    done = {f"{results}/{name}" for name in (plan.out / results).names()}
+    missing = [number for number in range(plan.parts) if result(results, number) not in done]
+    log.info("ingest: %d files in %d parts, %d still to do for %s", len(plan.files), plan.parts, len(missing), results)
+    return [plan.part(number, frozenset(dropped.get(number, ()))) for number in missing]
 
 
 def _finish(plan: IngestPlan, twice: list[Duplicate]) -> Manifest:
     read = TypeAdapter(Record).validate_json
-    records = [read(plan.out.get(f"{RECORDS}/{number:06d}.json")) for number in range(plan.parts)]
+    records = [read(plan.out.get(result(RECORDS, number))) for number in range(plan.parts)]
     bad = [entry for record in records for entry in record.bad]
     shards = [shard for record in records for shard in record.shards]
     for name, lines in ((QUARANTINE, bad), (DUPLICATES, [{"path": d.path, "same_as": d.same_as} for d in twice])):
@@ -94,7 +101,7 @@ def _finish(plan: IngestPlan, twice: list[Duplicate]) -> Manifest:
     if len(labels) > MAX_LABELS:
         raise DataError(
             f"{plan.source.folder.url} has {len(labels)} different labels, such as {labels[-1]!r}: are these captions? "
-            "Say --ingest.labels none, and another folder"
+            "Set ingest.labels to none, and give another folder"
         )
     manifest = Manifest(
         side=plan.form.side,
@@ -113,7 +120,12 @@ def _finish(plan: IngestPlan, twice: list[Duplicate]) -> Manifest:
 
 
 def _check_share(plan: IngestPlan, bad: list[dict[str, str]], good: int, broken: int) -> None:
-    """Raise DataError if too many images, or too many Parquet files or tars, are unusable."""
+    """Raise DataError if there are no images, or if too many, or too many Parquet files or tars, are unusable."""
+    if not good and not bad:
+        raise DataError(
+            f"no images in {len(plan.files)} files of kind {plan.source.kind} below {plan.source.folder.url}; check "
+            "what they hold, or the URL"
+        )
     share = max(len(bad) / max(len(bad) + good, 1), broken / len(plan.files))
     if good and share <= plan.config.max_bad_share:
         return
@@ -128,6 +140,7 @@ def _check_share(plan: IngestPlan, bad: list[dict[str, str]], good: int, broken:
 
 def ingest_job(job: IngestJob) -> dict[str, Any]:
     """Do what the job says; return where the data set is and what is in it."""
+    before = retries()
     manifest = ingest(IngestPlan.make(Folder(job.source), Folder(job.out), job.ingest))
     return {
         "data": Folder(job.out).url,
@@ -139,6 +152,7 @@ def ingest_job(job: IngestJob) -> dict[str, Any]:
         "row_group_rows": manifest.row_group_rows,
         "bytes": sum(shard.size_bytes for shard in manifest.shards),
         "digest": manifest.digest,
+        "storage_retries": retries() - before,
     }
 
 

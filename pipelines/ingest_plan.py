@@ -6,6 +6,7 @@ one folder) and a fixed number at a time; or one Parquet file or tar each, in it
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Literal
@@ -15,11 +16,15 @@ import numpy as np
 from models.philox import stream_key
 from pipelines.errors import ConfigurationError
 from pipelines.images import Encoding
+from pipelines.labels import check_label_column, read_labels, sorted_labels, whose_labels
 from pipelines.manifest import NAME, Manifest
 from pipelines.parts import Form, Part, rows_for
 from pipelines.permutation import permute
-from pipelines.sources import Source, kind_of, of_kind, read_labels, sorted_labels, whose_labels
+from pipelines.sources import Source, kind_of, of_kind
 from pipelines.storage import Folder, Stored
+
+PLAN = "ingest.json"
+"""Beside the manifest: of what it is made, from the first moment on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +51,7 @@ class IngestConfig:
     image_column: str = "image"
     """Of Parquet files: bytes, or a struct with bytes in it."""
     label_column: str = "label"
-    """Of Parquet files; one that is not there is no label."""
+    """Of Parquet files; if the default is not there, there are no labels."""
     drop_duplicates: bool = False
     """Leave out all but the first of images with the same bytes. Reads the source twice."""
     shard_rows: int = 0
@@ -63,12 +68,17 @@ class IngestConfig:
             raise ConfigurationError(f"ingest.side is {self.side}; it must lie in 1..4096 pixels, or be 0")
         if self.side == 0 and self.encoding == "raw":
             raise ConfigurationError(
-                "ingest.side is 0 and ingest.encoding raw, whose images are of one size: say a side, or take png"
+                "ingest.side is 0 and ingest.encoding raw, whose images are of one size: set a side, or take png"
             )
         if self.side and self.encoding in ("keep", "in-place"):
             raise ConfigurationError(
                 f"ingest.side is {self.side} and ingest.encoding {self.encoding}, which leaves images as large as they "
-                "are: add --ingest.side 0, or take another encoding"
+                "are: set ingest.side to 0, or take another encoding"
+            )
+        if self.labels not in ("folder", "none") and "/" not in self.labels and not self.labels.endswith(".csv"):
+            raise ConfigurationError(
+                f"ingest.labels is {self.labels!r}; it must be folder, none, or the URL of a CSV file with the columns "
+                "path,label"
             )
         for name in ("shard_rows", "row_group_rows"):
             if getattr(self, name) < 0:
@@ -115,8 +125,10 @@ class IngestPlan:
 
         Raises:
             DataError: if it holds no images, or cannot be listed.
-            ConfigurationError: if it holds files of several kinds, or of one that the encoding cannot be for.
+            ConfigurationError: if it holds files of several kinds, or of one that the encoding cannot be for, or
+                lacks the label column that was asked for, or if it and the folder of the data set lie in each other.
         """
+        _check_apart(source, out)
         found = source.find()
         kind = kind_of(found, config.source_kind, source.url)
         if kind != "files" and config.encoding == "in-place":
@@ -129,16 +141,19 @@ class IngestPlan:
         form = asdict(config)
         del form["max_bad_share"]  # decides whether to go on, not what is made
         what = json.dumps([form, files, listed], sort_keys=True)
+        labels = whose_labels(config.labels, kind, files)
         if kind == "files":
             order = permute(np.arange(len(files)), len(files), stream_key(0, "ingest"))
             files = [files[i] for i in order]
         reader = Source(
             folder=source,
             kind=kind,
-            labels=whose_labels(config.labels, kind, files),
+            labels=labels,
             image_column=config.image_column,
             label_column=config.label_column,
         )
+        if kind == "parquet" and labels == "own" and config.label_column != IngestConfig.label_column:
+            check_label_column(reader, files)
         return IngestPlan(reader, out, config, files, listed, hashlib.sha256(what.encode()).hexdigest())
 
     @cached_property
@@ -175,14 +190,61 @@ class IngestPlan:
         if self.source.kind == "files":
             listed = {file.name: self.listed[file.name] for file in files if file.name in self.listed}
         else:
-            listed = {path: label for path, label in self.listed.items() if path.startswith(f"{files[0].name}/")}
+            listed = self._listed_in[files[0].name]
         return Part(number, files, listed, dropped)
+
+    @cached_property
+    def _listed_in(self) -> dict[str, dict[str, str]]:
+        """Labels by Parquet file or tar, then by path: that of an image begins with that of its file."""
+        listed: dict[str, dict[str, str]] = {file.name: {} for file in self.files}
+        for path, label in self.listed.items():
+            end = path.find("/")
+            while end >= 0:
+                if path[:end] in listed:
+                    listed[path[:end]][path] = label
+                end = path.find("/", end + 1)
+        return listed
+
+    def begin(self) -> None:
+        """Write down in the folder what is to be made there, or see that it is so written already.
+
+        Raises:
+            ConfigurationError: if its folder holds an ingest of other files, or of another configuration.
+        """
+        what = {"digest": self.digest, "source": self.source.folder.url}
+        if not self.out.create(PLAN, json.dumps(what).encode()):
+            self._check_begun()
 
     @property
     def complete(self) -> bool:
-        """Whether the data set is there already."""
+        """Whether the data set is there already; raises as :meth:`begin` does."""
+        self._check_begun()
         return self.out.exists(NAME)
 
     def finished(self) -> Manifest | None:
-        """Return the manifest of the data set if it is there already."""
+        """Return the manifest of the data set if it is there already; raises as :meth:`begin` does."""
         return Manifest.load(self.out) if self.complete else None
+
+    def _check_begun(self) -> None:
+        if self.out.exists(PLAN):
+            earlier = json.loads(self.out.get(PLAN))
+        elif self.out.exists(NAME):  # nobody can know what it was made of
+            earlier = {"digest": None, "source": Manifest.load(self.out).source}
+        else:
+            return
+        if earlier["digest"] != self.digest:
+            raise ConfigurationError(
+                f"{self.out.url} holds an ingest of {earlier['source']} as it was, with the configuration of then; the "
+                "files or the ingest.* fields differ now: give another folder, or delete that one"
+            )
+
+
+def _check_apart(source: Folder, out: Folder) -> None:
+    """Raise ConfigurationError if a source holds its data set, or lies in it: the next listing would find that too."""
+    paths = [os.path.realpath(folder.path()) if folder.is_local else folder.path() for folder in (source, out)]
+    one, other = (path.rstrip("/") + "/" for path in paths)
+    if source.filesystem == out.filesystem and (one.startswith(other) or other.startswith(one)):
+        raise ConfigurationError(
+            f"the data set is to be {out.url}, and its source is {source.url}: one lies in the other, so the next "
+            "listing of the source would find the data set; give a folder beside the source"
+        )

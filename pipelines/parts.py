@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pipelines.cluster import cluster
 from pipelines.images import BadImageError, Encoding, encode, read_picture
 from pipelines.progress import IngestProgress
+from pipelines.retries import count_elsewhere, retries
 from pipelines.shards import IN_PLACE, PICTURES, Shard, ShardWriter
 from pipelines.sources import Entry, Source
 from pipelines.storage import Folder, Stored
@@ -44,6 +45,11 @@ def rows_for(row_bytes: int, group_rows: int, shard_rows: int) -> tuple[int, int
     return group, shard_rows or max(1, min(SHARD_BYTES // row_bytes, MAX_SHARD_ROWS) // group) * group
 
 
+def result(folder: str, number: int) -> str:
+    """Return the name of what is written of a part, below RECORDS or DIGESTS."""
+    return f"{folder}/{number:06d}.json"
+
+
 @dataclass(frozen=True)
 class Part:
     """What one task does: some files of the source."""
@@ -54,10 +60,6 @@ class Part:
     """Labels by path, where these are listed."""
     dropped: frozenset[int] = frozenset()
     """The entries to leave out as duplicates, by their place in the part."""
-
-    @property
-    def name(self) -> str:
-        return f"{self.number:06d}"
 
     @property
     def size_bytes(self) -> int:
@@ -89,12 +91,12 @@ class WritePart:
     form: Form
 
     def __call__(self, row: dict[str, bytes]) -> dict[str, int]:
-        part: Part = pickle.loads(row["part"])
+        part, before = pickle.loads(row["part"]), retries()
         form, labels, bad, broken = self.form, Counter[str](), list[dict[str, str]](), 0
         in_place = form.encoding == "in-place"
         writer = ShardWriter(
             self.out,
-            f"shard-{part.name}",
+            f"shard-{part.number:06d}",
             IN_PLACE if in_place else PICTURES,
             form.shard_rows,
             form.row_group_rows,
@@ -121,8 +123,9 @@ class WritePart:
             else:
                 labels.update([entry.label] if entry.label is not None else [])
         record = Record(shards=writer.close(), label_counts=dict(labels), bad=bad, broken=broken)
-        self.out.put(f"{RECORDS}/{part.name}.json", json.dumps(asdict(record)).encode())
-        return {"part": part.number, "images": sum(shard.rows for shard in record.shards), "bad": len(bad)}
+        self.out.put(result(RECORDS, part.number), json.dumps(asdict(record)).encode())
+        images = sum(shard.rows for shard in record.shards)
+        return {"part": part.number, "images": images, "bad": len(bad), "retries": retries() - before}
 
     def _encoded(self, data: bytes) -> bytes:
         form = self.form
@@ -141,13 +144,13 @@ class DigestPart:
     out: Folder
 
     def __call__(self, row: dict[str, bytes]) -> dict[str, int]:
-        part: Part = pickle.loads(row["part"])
+        part, before = pickle.loads(row["part"]), retries()
         found = [
             (entry.path, hashlib.blake2b(entry.data, digest_size=16).hexdigest() if entry.data else "")
             for entry in self.source.entries(part.files, part.listed)
         ]
-        self.out.put(f"{DIGESTS}/{part.name}.json", json.dumps(found).encode())
-        return {"part": part.number, "images": len(found), "bad": 0}
+        self.out.put(result(DIGESTS, part.number), json.dumps(found).encode())
+        return {"part": part.number, "images": len(found), "bad": 0, "retries": retries() - before}
 
 
 def do(parts: list[Part], task: Callable[[dict[str, bytes]], dict[str, int]], on_cluster: bool) -> None:
@@ -156,10 +159,13 @@ def do(parts: list[Part], task: Callable[[dict[str, bytes]], dict[str, int]], on
     rows: list[Any] = [part.row() for part in parts]
     if not on_cluster:
         for row in rows:
-            progress.update(**task(row))
+            told = task(row)
+            del told["retries"]  # counted in this process already
+            progress.update(**told)
     elif rows:
         with cluster():
             for told in ray.data.from_items(rows, override_num_blocks=len(rows)).map(task).iter_rows():
+                count_elsewhere(told.pop("retries"))
                 progress.update(**told)
 
 

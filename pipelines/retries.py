@@ -56,8 +56,15 @@ def answer_s() -> float:
 
 
 def retries() -> int:
-    """Return how many requests this process has asked again so far."""
+    """Return how many requests this process has asked again so far, with those that it was told of."""
     return _retries
+
+
+def count_elsewhere(several: int) -> None:
+    """Count, among those of this process, requests that other processes have asked again for it."""
+    global _retries  # noqa: PLW0603
+    with _lock:
+        _retries += several
 
 
 def check(url: str, status: int, body: bytes) -> None:

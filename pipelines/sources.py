@@ -5,7 +5,6 @@ image is said in its entry. A Parquet file or a tar that is broken ends with an 
 stays. What storage has to say is raised: it is not the images' fault.
 """
 
-import csv
 import io
 import json
 import tarfile
@@ -63,7 +62,7 @@ def kind_of(found: list[Stored], said: Kind | Literal["auto"], url: str) -> Kind
     if len(there) > 1:
         words = " and ".join(f"{counts[kind]} of kind {kind}" for kind in there)
         raise ConfigurationError(
-            f"{url} holds files of several kinds, {words}: say which to take, such as --ingest.source-kind {there[0]}"
+            f"{url} holds files of several kinds, {words}: set ingest.source_kind to one, such as {there[0]}"
         )
     return there[0]
 
@@ -87,43 +86,6 @@ def portions(sizes: list[int]) -> Iterator[slice]:
         total += size
     if start < len(sizes):
         yield slice(start, len(sizes))
-
-
-def read_labels(url: str) -> dict[str, str]:
-    """Read a CSV file with the columns ``path`` and ``label``, as its first line says.
-
-    Raises:
-        DataError: if it cannot be read, or is not that.
-    """
-    parent, _, name = url.rpartition("/")
-    try:
-        lines = csv.DictReader(io.StringIO(Folder(parent or ".").get(name).decode("utf-8-sig"), newline=""))
-        if not {"path", "label"} <= set(lines.fieldnames or []):
-            raise DataError(f"{url} begins with {lines.fieldnames}; its first line must name the columns path,label")
-        found: dict[str, str] = {}
-        for line in lines:
-            path, label = line["path"], line["label"]
-            if not path or not label:
-                raise DataError(f"{url}, line {lines.line_num}, lacks the path or the label: {line}")
-            if found.setdefault(path, label) != label:
-                raise DataError(f"{url} gives {path} two labels, {found[path]} and {label}")
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{url} is not a CSV file in UTF-8: {error}") from error
-    return found
-
-
-def whose_labels(said: str, kind: Kind, files: list[Stored]) -> Literal["own", "none", "listed"]:
-    """Return where labels come from, as ``ingest.labels`` says: of image files, folders do if all files are in one."""
-    if said == "none":
-        return "none"
-    if said != "folder":
-        return "listed"
-    return "own" if kind != "files" or all("/" in file.name for file in files) else "none"
-
-
-def sorted_labels(labels: set[str]) -> list[str]:
-    """Sort labels, those that are whole numbers by their value."""
-    return sorted(labels, key=lambda name: (int(name) if name.isascii() and name.isdigit() else -1, name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,13 +145,24 @@ class Source:
             except (OSError, ValueError, KeyError) as error:  # of Arrow: storage has errors of its own
                 yield _broken(file, error)
 
-    def _of_parquet(self, file: Stored) -> Iterator[Entry]:
+    def columns(self, file: Stored) -> list[str]:
+        """Return the names of the columns of a Parquet file, none of a broken one."""
+        try:
+            return list(self._opened(file).schema_arrow.names)
+        except (OSError, ValueError, KeyError):
+            return []
+
+    def _opened(self, file: Stored) -> Any:
         raw = Ranges(self.folder, file.name, file.size_bytes)
-        parquet = pq.ParquetFile(raw, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
+        return pq.ParquetFile(raw, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
+
+    def _of_parquet(self, file: Stored) -> Iterator[Entry]:
+        parquet = self._opened(file)
         schema = parquet.schema_arrow
         if self.image_column not in schema.names:
             raise ValueError(
-                f"it has no column {self.image_column!r} but {', '.join(schema.names)}; say --ingest.image-column"
+                f"it has no column {self.image_column!r} but {', '.join(schema.names)}; set "
+                "ingest.image_column to one of them"
             )
         kind = schema.field(self.image_column).type
         inner = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0

@@ -88,6 +88,7 @@ def test_from_hostile_files_on_s3_to_a_trained_network(
     kill_when(lambda: len((out / RECORDS).names()) >= 2, start(proxy.url, *ingest))
     assert not out.exists(NAME)
     said = finish(start(proxy.url, *ingest))
+    assert said["storage_retries"] > 0
     assert (said["images"], said["quarantined"]) == (pictures, broken)
     listed = [json.loads(line) for line in out.get("quarantine.jsonl").splitlines()]
     assert len(listed) == broken and all(entry["path"] and entry["reason"] for entry in listed)

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import tarfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,8 +24,9 @@ from pipelines.images import View, encode
 from pipelines.ingest import IngestJob, dry_run, ingest, ingest_job
 from pipelines.ingest_plan import IngestConfig, IngestPlan
 from pipelines.manifest import Manifest
-from pipelines.parts import DigestPart, WritePart, find_duplicates, rows_for
-from pipelines.storage import Folder
+from pipelines.parts import DigestPart, Part, WritePart, do, find_duplicates, rows_for
+from pipelines.retries import retries
+from pipelines.storage import Folder, Stored
 
 CODE = Path(__file__).parents[2]
 CONFIG = IngestConfig(side=8, channels=1, shard_rows=500, row_group_rows=64)
@@ -95,6 +98,19 @@ def test_the_digits_come_through_whole(raw: Folder, folder: Folder, digits: Digi
     assert np.array_equal(read.label, digits[1][source])
     assert abs(np.corrcoef(source, np.arange(1797))[0, 1]) < 0.1, "neighbours come from anywhere"
     assert [shard.rows for shard in manifest.shards] == [500, 500, 500, 297]
+
+
+@pytest.mark.ray
+def test_what_other_processes_asked_again_is_summed(ray_cluster: None) -> None:
+    def task(row: dict[str, bytes]) -> dict[str, int]:
+        return {"part": pickle.loads(row["part"]).number, "images": 1, "bad": 0, "retries": 3}
+
+    parts = [Part(number, [Stored(f"{number}.png", 1, "")], {}) for number in range(4)]
+    before = retries()
+    do(parts, task, on_cluster=True)
+    assert retries() - before == 12
+    do(parts, task, on_cluster=False)
+    assert retries() - before == 12, "this process counts its own where they are made"
 
 
 @pytest.mark.ray
@@ -282,9 +298,25 @@ def test_storage_that_fails_costs_no_image(raw: Folder, folder: Folder, monkeypa
 
 def test_another_source_or_form_is_refused(raw: Folder, some: Folder, folder: Folder, alone: None) -> None:
     ingest(IngestPlan.make(raw, folder, CONFIG))
-    for plan in (IngestPlan.make(some, folder, CONFIG), IngestPlan.make(raw, folder, replace(CONFIG, side=16))):
-        with pytest.raises(ConfigurationError, match=r"holds an ingest of .*: give another folder"):
-            ingest(plan)
+    refused = pytest.raises(ConfigurationError, match=rf"holds an ingest of {raw.url} as it was.*: give another folder")
+    for source, config in ((some, CONFIG), (raw, replace(CONFIG, side=16))):
+        plan = IngestPlan.make(source, folder, config)
+        for ask in (lambda plan=plan: ingest(plan), lambda plan=plan: plan.complete, plan.finished):
+            with refused:
+                ask()
+        with refused:
+            dry_run(IngestJob(source=source.url, out=folder.url, ingest=config))
+    # As long as it is not finished, too; and of a data set without a word of which ingest it is.
+    (folder / "begun").put("ingest.json", folder.get("ingest.json"))
+    (folder / "other").put("manifest.json", folder.get("manifest.json"))
+    for name, source in (("begun", some), ("other", some), ("other", raw)):
+        with refused:
+            dry_run(IngestJob(source=source.url, out=(folder / name).url, ingest=CONFIG))
+        with refused:
+            ingest(IngestPlan.make(source, folder / name, CONFIG))
+    assert (folder / "other").names() == ["manifest.json"]
+    plan = IngestPlan.make(raw, folder / "begun", CONFIG)
+    assert not plan.complete and plan.finished() is None
 
 
 def test_labels_of_a_list(some: Folder, folder: Folder, tmp_path: Path, alone: None) -> None:
@@ -308,7 +340,8 @@ def test_captions_are_no_labels(folder: Folder, digits: Digits, alone: None, mon
             add(file, f"{i}.png", encode(digits[0][i], "png"))
             add(file, f"{i}.txt", f"the digit number {i}".encode())
     (folder / "tars").put("a.tar", buffer.getvalue())
-    with pytest.raises(DataError, match=r"has 10 different labels, such as 'the digit number 9': are these captions\?"):
+    says = r"has 10 different labels, such as 'the digit number 9': are these captions\? Set ingest.labels to none"
+    with pytest.raises(DataError, match=says):
         ingest(IngestPlan.make(folder / "tars", folder / "out", CONFIG))
 
 
@@ -316,8 +349,10 @@ def test_captions_are_no_labels(folder: Folder, digits: Digits, alone: None, mon
     ("changes", "says"),
     [
         ({"side": 0, "encoding": "raw"}, "ingest.side is 0 and ingest.encoding raw"),
-        ({"side": 8, "encoding": "keep"}, "add --ingest.side 0"),
-        ({"side": 8, "encoding": "in-place"}, "add --ingest.side 0"),
+        ({"side": 8, "encoding": "keep"}, "keep, which leaves.*: set ingest.side to 0"),
+        ({"side": 8, "encoding": "in-place"}, "in-place, which leaves.*: set ingest.side to 0"),
+        ({"labels": "folders"}, "ingest.labels is 'folders'; it must be folder, none, or the URL of a CSV file"),
+        ({"labels": ""}, "it must be folder, none, or the URL of a CSV file"),
         ({"side": 4097}, "must lie in 1..4096"),
         ({"jpeg_quality": 0}, "must lie in 1..100"),
         ({"shard_rows": -1}, "ingest.shard_rows is -1"),
@@ -353,3 +388,114 @@ def test_a_job_says_what_it_did_and_would_do(some: Folder, folder: Folder, alone
     assert (did["images"], did["quarantined"], did["duplicates"], did["shards"]) == (20, 2, 0, 1)
     assert did["digest"] == Manifest.load(folder).digest
     assert dry_run(job)["complete"]
+
+
+@pytest.mark.parametrize(("source", "out"), [("a", "a"), ("a", "a/b/c"), ("a/b", "a")])
+@pytest.mark.parametrize("root", ["", "memory://nested"])
+def test_a_data_set_does_not_lie_in_its_own_source(source: str, out: str, root: str, tmp_path: Path) -> None:
+    """Or the next listing would find it there."""
+    above = Folder(root or str(tmp_path))
+    (above / source).put("a.png", b"x")
+    with pytest.raises(ConfigurationError) as caught:
+        IngestPlan.make(above / source, above / out, CONFIG)
+    says = f"the data set is to be {above.url}/{out}, and its source is {above.url}/{source}: one lies in the other"
+    assert says in str(caught.value) and "give a folder beside the source" in str(caught.value)
+
+
+def test_a_data_set_may_lie_beside_its_source(tmp_path: Path) -> None:
+    (tmp_path / "digits").mkdir()
+    (tmp_path / "digits" / "a.png").write_bytes(b"x")
+    plan = IngestPlan.make(Folder(str(tmp_path / "digits")), Folder(str(tmp_path / "digits-8x8")), CONFIG)
+    assert plan.parts == 1
+    (tmp_path / "link").symlink_to(tmp_path / "digits")
+    with pytest.raises(ConfigurationError, match="one lies in the other"):
+        IngestPlan.make(Folder(str(tmp_path / "link")), Folder(str(tmp_path / "digits" / "out")), CONFIG)
+
+
+def test_images_beside_the_folders_of_labels_are_named(
+    folder: Folder, digits: Digits, alone: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("cat/a.png", "dog/b.png"):
+        (folder / "raw").put(name, encode(digits[0][0], "png"))
+    assert IngestPlan.make(folder / "raw", folder / "out", CONFIG).labels == ["cat", "dog"] and not caplog.text
+    for i in range(5):
+        (folder / "raw").put(f"stray-{i}.png", encode(digits[0][0], "png"))
+    assert IngestPlan.make(folder / "raw", folder / "out", CONFIG).labels == []
+    (record,) = caplog.records
+    assert record.name == "brickyard.ingest" and record.levelname == "WARNING"
+    says = (
+        "5 of 7 images lie in no folder, such as stray-0.png, stray-1.png, stray-2.png; therefore no labels are taken"
+    )
+    assert says in record.message and "move them into folders, or set ingest.labels to none" in record.message
+    caplog.clear()
+    assert IngestPlan.make(folder / "raw", folder / "out", replace(CONFIG, labels="none")).labels == []
+    (folder / "flat").put("a.png", b"x")
+    assert IngestPlan.make(folder / "flat", folder / "out", CONFIG).labels == [] and not caplog.text
+
+
+def test_a_label_column_that_is_in_no_file_is_refused(folder: Folder, digits: Digits, alone: None) -> None:
+    """Unless nobody asked for it: by default there is one or there is none."""
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"image": [encode(digits[0][0], "png")], "kind": ["cat"]}), buffer)
+    (folder / "raw").put("broken.parquet", b"no Parquet")
+    (folder / "raw").put("a.parquet", buffer.getvalue())
+    (folder / "raw").put("b.parquet", buffer.getvalue())
+    config = replace(CONFIG, max_bad_share=0.9)
+    with pytest.raises(ConfigurationError, match=r"ingest.label_column is 'kinds'; .* the columns image, kind: set it"):
+        IngestPlan.make(folder / "raw", folder / "out", replace(config, label_column="kinds"))
+    made = IngestPlan.make(folder / "raw", folder / "out", replace(config, label_column="kinds", labels="none"))
+    assert made.labels == [], "no column is asked for"
+    assert ingest(IngestPlan.make(folder / "raw", folder / "a", replace(config, label_column="kind"))).labels == ["cat"]
+    assert ingest(IngestPlan.make(folder / "raw", folder / "b", config)).labels == []
+    (folder / "bad").put("broken.parquet", b"no Parquet")
+    assert IngestPlan.make(folder / "bad", folder / "out", replace(config, label_column="kind")).parts == 1
+
+
+def test_files_without_any_image_are_no_data_set(folder: Folder, alone: None) -> None:
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"image": pa.array([], pa.binary())}), buffer)
+    for name in ("a.parquet", "b.parquet"):
+        (folder / "parquet").put(name, buffer.getvalue())
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as file:
+        add(file, "notes.md", b"x")
+    (folder / "tar").put("a.tar", buffer.getvalue())
+    for kind, files in (("parquet", 2), ("tar", 1)):
+        for duplicates in (False, True):
+            config = replace(CONFIG, drop_duplicates=duplicates)
+            with pytest.raises(DataError, match=rf"no images in {files} files of kind {kind} below .*/{kind}; check"):
+                ingest(IngestPlan.make(folder / kind, folder / f"{kind}-{duplicates}", config))
+
+
+def test_labels_of_a_list_go_to_the_tars_that_they_are_of(folder: Folder) -> None:
+    """Looked through once, however many tars there are; a tar in a folder named like a tar is of both."""
+    names = ["a.tar", "a.tar/b.tar", "ab.tar", "x/a.tar"]
+    for name in names[1:]:  # a file system has no file and folder of one name; an object store may
+        (folder / "raw").put(name, b"x")
+    paths = ["a.tar/1.png", "a.tar/b.tar/d/2.png", "ab.tar/3.png", "x/a.tar/4.png", "x/5.png", "a.tar", "z.tar/6.png"]
+    folder.put("labels.csv", "\n".join(["path,label", *(f"{path},{path[-5:]}" for path in paths)]).encode())
+    plan = IngestPlan.make(folder / "raw", folder / "out", replace(CONFIG, labels=f"{folder.url}/labels.csv"))
+
+    class Counted(dict[str, str]):
+        looks = 0
+
+        def items(self) -> Any:
+            Counted.looks += 1
+            return super().items()
+
+    plan = replace(plan, files=[Stored("a.tar", 1, ""), *plan.files], listed=Counted(plan.listed))
+    assert [part.files[0].name for part in map(plan.part, range(plan.parts))] == names
+    assert [list(plan.part(number).listed) for number in range(4)] == [[paths[0], paths[1]], *([p] for p in paths[1:4])]
+    assert Counted.looks == 1
+
+
+def test_a_part_that_is_done_is_not_made_again(raw: Folder, folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = IngestPlan.make(raw, folder, replace(CONFIG, side=0, encoding="in-place", drop_duplicates=False))
+    ingest(plan)
+    (Path(folder.path("manifest.json"))).unlink()
+    (Path(folder.path("records/000002.json"))).unlink()
+    made: list[int] = []
+    part = IngestPlan.part
+    monkeypatch.setattr(IngestPlan, "part", lambda self, n, *dropped: made.append(n) or part(self, n, *dropped))
+    ingest(plan)
+    assert made == [2]

@@ -14,7 +14,8 @@ import pytest
 from pipelines import sources as module
 from pipelines.errors import ConfigurationError, DataError, TryAgainError
 from pipelines.images import encode
-from pipelines.sources import Entry, Source, kind_of, of_kind, portions, read_labels, sorted_labels
+from pipelines.labels import read_labels, sorted_labels
+from pipelines.sources import Entry, Source, kind_of, of_kind, portions
 from pipelines.storage import Folder, Stored
 
 N = 30
@@ -63,7 +64,8 @@ def test_the_kind_is_seen_in_the_names(folder: Folder) -> None:
     assert kind_of(listed("a.parquet", "_SUCCESS", "b.parquet"), "auto", "u") == "parquet"
     assert kind_of(listed("x/a.tar"), "auto", "u") == "tar"
     both = listed("a.jpg", "b.png", "c.tar")
-    with pytest.raises(ConfigurationError, match="several kinds, 2 of kind files and 1 of kind tar: say which to take"):
+    says = r"several kinds, 2 of kind files and 1 of kind tar: set ingest.source_kind to one, such as files"
+    with pytest.raises(ConfigurationError, match=says):
         kind_of(both, "auto", "u")
     assert kind_of(both, "tar", "u") == "tar"
     with pytest.raises(DataError, match=r"holds no images: none of its 3 files ends in \.parquet"):
@@ -223,7 +225,7 @@ def test_a_broken_parquet_file_costs_itself(what: str, folder: Folder) -> None:
     flipped = bytearray(checked.getvalue())
     flipped[30_000] ^= 1
     data, says = {
-        "no column": (parquet({"img": PICTURES, "label": list(range(N))}), "it has no column 'image' but img, label"),
+        "no column": (parquet({"img": PICTURES, "label": list(range(N))}), "no column 'image' but img, label; set"),
         "a column of text": (parquet({"image": ["a.png"] * N}), "its column 'image' holds string, not the bytes"),
         "text": (b"not parquet at all", "Parquet"),
         "empty": (b"", "Parquet|empty|size is 0"),
@@ -285,6 +287,18 @@ def test_a_list_that_cannot_be_used_is_refused(text: bytes, says: str, tmp_path:
         read_labels(str(tmp_path / "labels.csv"))
     with pytest.raises(DataError, match="does not exist"):
         read_labels(str(tmp_path / "missing.csv"))
+
+
+def test_a_list_may_lie_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "our-labels.csv").write_text("path,label\na.png,cat\n")
+    Folder("memory://").put("our-labels.csv", b"path,label\na.png,dog\n")
+    monkeypatch.chdir(tmp_path)
+    for url in ("our-labels.csv", "./our-labels.csv", "file:our-labels.csv", f"file://{tmp_path}/our-labels.csv"):
+        assert read_labels(url) == {"a.png": "cat"}
+    assert read_labels("memory://our-labels.csv") == {"a.png": "dog"}
+    for url in ("/our-labels.csv", "file:///our-labels.csv"):
+        with pytest.raises(DataError, match=r"our-labels.csv does not exist"):  # in the root, not here
+            read_labels(url)
 
 
 def test_numbers_are_sorted_as_numbers() -> None:

@@ -12,6 +12,10 @@ import numpy as np
 import pytest
 
 from pipelines.errors import TryAgainError
+from pipelines.images import encode
+from pipelines.ingest import IngestJob, ingest_job
+from pipelines.ingest_plan import IngestConfig, IngestPlan
+from pipelines.parts import DigestPart, WritePart
 from pipelines.retries import retries
 from pipelines.storage import Folder
 from tests.faults.proxy import Fault, FaultProxy, Rule
@@ -228,3 +232,27 @@ def test_a_server_that_stops_reading_is_not_waited_for_without_end(monkeypatch: 
         monkeypatch.setattr("pipelines.s3.SLOWEST", 1 << 30)
         with pytest.raises(TryAgainError, match=r"PUT .*does not answer as it should \(TimeoutError\)"):
             Folder("s3://bucket").put("a", bytes(30 << 20))
+
+
+def test_an_ingest_reports_what_was_asked_again(
+    folder: Folder, proxy: FaultProxy, alone: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    for i in range(20):
+        folder.put(f"raw/{i}.png", encode(np.full((4, 4, 1), i, np.uint8), "png"))
+    source, config = folder / "raw", IngestConfig(side=4, channels=1, shard_rows=8, drop_duplicates=True)
+    plan = IngestPlan.make(source, folder / "part", config)
+    for task in (WritePart(plan.source, plan.out, plan.form), DigestPart(plan.source, plan.out)):
+        proxy.rules, before = [Rule("503", first=1)], proxy.injected.total()
+        assert task(plan.part(0).row())["retries"] == proxy.injected.total() - before > 0
+        assert task(plan.part(0).row())["retries"] == 0
+
+    proxy.rules, before = [Rule("503", first=1)], proxy.injected.total()
+    with caplog.at_level(logging.INFO, "brickyard.ingest"):
+        said = ingest_job(IngestJob(source=source.url, out=(folder / "out").url, ingest=config))
+    assert said["images"] == 20
+    assert said["storage_retries"] == proxy.injected.total() - before > 0
+    assert f"storage was asked again {retries()} times" in caplog.text
+    proxy.rules = []
+    caplog.clear()
+    assert ingest_job(IngestJob(source=source.url, out=(folder / "out").url, ingest=config))["storage_retries"] == 0
+    assert "asked again" not in caplog.text
