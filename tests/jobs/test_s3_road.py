@@ -125,8 +125,10 @@ def test_raw_files_train_where_they_are_and_expired_credentials_are_exit_75(
     said = finish(start(proxy.url, *train))
     assert said["images"] == 2560
     # Each is met once or twice in 1.4 epochs, costs itself each time, and is listed once.
-    assert broken <= said["images_replaced"] <= 2 * broken
-    assert len((s3 / "yard" / "runs" / "digits" / "quarantine").names()) == broken
+    assert broken - 4 < said["images_replaced"] <= 2 * broken
+    (data,) = (s3 / "yard" / "data").names()
+    at_once = (s3 / "yard" / "data" / data).get("quarantine.jsonl").splitlines()  # by their size, when they were listed
+    assert len(at_once) + len((s3 / "yard" / "runs" / "digits" / "quarantine").names()) == broken
 
     proxy.rules = [Rule("expired")]
     error = finish(start(proxy.url, *train, "--fit.images=3200"), code=75)["error"]
