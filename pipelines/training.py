@@ -10,6 +10,7 @@ import math
 import time
 import uuid
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import safetensors.torch
@@ -154,8 +155,11 @@ def find_data(job: TrainJob) -> tuple[Folder, Manifest | IngestPlan]:
     check_shape(job, job.data.view(job.data.ingest.side, job.data.ingest.channels))
     if job.data.builtin == "digits":
         write_digits(source)
-    out = data_folder(job)
-    found = IngestPlan.make(source, out, job.data.ingest)
+    listed = IngestPlan.make(source, data_folder(job), job.data.ingest)
+    # Images that are others now are another data set, in a folder of its own: the run that had the old ones is refused
+    # by its digest, and a new one goes on.
+    out = Folder(f"{listed.out.url}-{listed.digest[:8]}")
+    found = replace(listed, out=out)
     if found.labels is not None:
         check_labels(job, found.labels)
     return out, found
@@ -192,11 +196,9 @@ def data_source(job: TrainJob) -> Folder:
 
 
 def data_folder(job: TrainJob) -> Folder:
-    """Return where the raw images of a job are ingested to: one folder for each source and form."""
-    source, form = data_source(job), to_dict(job.data.ingest)
-    del form["max_bad_share"]
-    tag = hashlib.sha256(json.dumps([source.url, form]).encode()).hexdigest()[:8]
-    return Folder(job.root) / "data" / f"{source.name}-{form['side']}x{form['side']}x{form['channels']}-{tag}"
+    """Return where the raw images of a job are ingested to, but for what the listing adds to the name."""
+    form = job.data.ingest
+    return Folder(job.root) / "data" / f"{data_source(job).name}-{form.side}x{form.side}x{form.channels}"
 
 
 def identity(job: TrainJob, manifest: Manifest) -> dict[str, Any]:
