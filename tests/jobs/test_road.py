@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 
 from pipelines import checkpoints
 from pipelines.storage import Folder
+from tests.processes import CODE, kill, of_session, wait_for, without_ray
 
 pytestmark = [
     pytest.mark.ray,
@@ -24,7 +24,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 
-CODE = Path(__file__).parents[2]
 SHORT = [
     "--fit.images=3840", "--fit.log-images=640", "--fit.checkpoint-images=1280", "--fit.grid-images=1920",
     "--fit.warm-up-images=640", "--evaluate-images=60", "--draw.steps=5", "--draw.shard-images=20",
@@ -33,12 +32,15 @@ SHORT = [
 
 def start(root: Path, *command: str) -> subprocess.Popen[str]:
     assert not ray.is_initialized(), "one Ray cluster at a time"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
-    environment["OMP_NUM_THREADS"] = "1"
     return subprocess.Popen(
         [sys.executable, *command, "--root", str(root)],
-        cwd=CODE, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
+        cwd=CODE,
+        env=without_ray() | {"OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
 
 
 def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
@@ -46,14 +48,6 @@ def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
     assert process.returncode == 0, err[-5000:]
     (line,) = out.splitlines()
     return json.loads(line)  # type: ignore[no-any-return]
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 300) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.stderr.read()[-5000:]  # type: ignore[union-attr]
-        assert time.monotonic() < end, "the moment to strike never came"
-        time.sleep(0.05)
 
 
 def committed(root: Path, position: int) -> Callable[[], bool]:
@@ -119,8 +113,7 @@ def test_killed_in_the_middle_it_ends_bit_for_bit_the_same(
         # On a busy machine the first blow may come a checkpoint late; then the second start must at least have begun.
         wait_for((tmp_path / f"runs/digits/start-{number:04d}.yaml").exists, process)
         wait_for(committed(tmp_path, 1280 * number), process)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        kill(process)
     newest = checkpoints.newest(Folder(str(tmp_path / "runs/digits")))
     assert newest and newest[1].position in (2560, 3840)
     said = finish(start(tmp_path, "jobs/train.py", "digits", *SHORT))
@@ -147,31 +140,13 @@ def test_a_worker_that_is_killed_is_replaced_and_nothing_is_lost(
 ) -> None:
     process = start(tmp_path, "-m", "jobs.train", "digits", *SHORT, "--evaluate-images=0")
     wait_for(committed(tmp_path, 1280), process)
-    victims = [
-        int(entry.name)
-        for entry in Path("/proc").iterdir()
-        if entry.name.isdigit() and b"RayTrainWorker" in _command_line(entry) and _session(entry) == process.pid
-    ]
+    victims = list(of_session(process.pid, b"RayTrainWorker"))
     assert len(victims) == 2
     os.kill(victims[1], signal.SIGKILL)
     finish(process)
     for weights in ("model", "ema"):
         a, b = (load_file(root / f"runs/digits/export/{weights}.safetensors") for root in (uninterrupted[0], tmp_path))
         assert all(a[name].equal(b[name]) for name in a), f"{weights} differ"
-
-
-def _command_line(process: Path) -> bytes:
-    try:
-        return (process / "cmdline").read_bytes()
-    except OSError:
-        return b""
-
-
-def _session(process: Path) -> int:
-    try:
-        return int((process / "stat").read_text().rsplit(")", 1)[1].split()[3])
-    except OSError:
-        return -1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

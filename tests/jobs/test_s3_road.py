@@ -2,11 +2,8 @@
 killed and run again."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,13 +17,13 @@ from pipelines.parts import RECORDS
 from pipelines.storage import Folder
 from tests.faults.proxy import FaultProxy, Rule
 from tests.pipelines.hostile import write_hostile
+from tests.processes import CODE, kill, wait_for, without_ray
 
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # MLflow's own dependencies
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
-CODE = Path(__file__).parents[2]
 SHORT = [
     "--fit.images=2560", "--fit.log-images=640", "--fit.checkpoint-images=640", "--fit.grid-images=2560",
     "--fit.warm-up-images=640", "--evaluate-images=0", "--data.builtin=none", "--data.side=8", "--data.zoom=1.25",
@@ -50,8 +47,7 @@ def raw(s3: Folder) -> tuple[Folder, int, int]:
 
 
 def start(endpoint: str, *command: str) -> subprocess.Popen[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
-    environment |= {"AWS_ENDPOINT_URL": endpoint, "BRICKYARD_ANSWER_S": "3"}
+    environment = without_ray() | {"AWS_ENDPOINT_URL": endpoint, "BRICKYARD_ANSWER_S": "3"}
     return subprocess.Popen(
         [sys.executable, *command],
         cwd=CODE, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
@@ -66,13 +62,8 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> dict[str, Any]:
 
 
 def kill_when(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    end = time.monotonic() + 300
-    while not condition():
-        assert process.poll() is None, process.stderr.read()[-5000:]  # type: ignore[union-attr]
-        assert time.monotonic() < end, "the moment to strike never came"
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    wait_for(condition, process)
+    kill(process)
 
 
 def test_from_hostile_files_on_s3_to_a_trained_network(

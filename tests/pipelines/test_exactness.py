@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +23,9 @@ from pipelines.ingest_plan import IngestConfig, IngestPlan
 from pipelines.storage import Folder
 from tests.faults.proxy import FaultProxy, Rule
 from tests.pipelines import ledger
+from tests.processes import CODE, kill, of_session, wait_for, without_ray
 
 pytestmark = pytest.mark.ray
-CODE = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +56,9 @@ def proxy(s3_server: str) -> Iterator[FaultProxy]:
 
 
 def start(data: Folder, out: Path, workers: int, at: int, endpoint: str) -> subprocess.Popen[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     return subprocess.Popen(
         [sys.executable, "-m", "tests.pipelines.ledger", data.url, str(out), str(workers), str(at)],
-        cwd=CODE, env=environment | {"AWS_ENDPOINT_URL": endpoint, "BRICKYARD_ANSWER_S": "2"}, text=True,
+        cwd=CODE, env=without_ray() | {"AWS_ENDPOINT_URL": endpoint, "BRICKYARD_ANSWER_S": "2"}, text=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
 
@@ -67,27 +66,6 @@ def start(data: Folder, out: Path, workers: int, at: int, endpoint: str) -> subp
 def finish(process: subprocess.Popen[str]) -> None:
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err[-5000:]
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    end = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None, process.stderr.read()[-5000:]  # type: ignore[union-attr]
-        assert time.monotonic() < end, "the moment to strike never came"
-        time.sleep(0.01)
-
-
-def reading(session: int) -> list[int]:
-    """The processes of a run that read a window right now."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            reads = entry.name.isdigit() and b"ReadWindow" in (entry / "cmdline").read_bytes()
-            if reads and int((entry / "stat").read_text().rsplit(")", 1)[1].split()[3]) == session:
-                found.append(int(entry.name))
-        except OSError:
-            continue
-    return found
 
 
 def test_storage_that_fails_and_tasks_that_die_change_nothing(
@@ -103,8 +81,9 @@ def test_storage_that_fails_and_tasks_that_die_change_nothing(
     ]
     process = start(data, tmp_path, 3, 0, proxy.url)
     for _ in range(2):
-        wait_for(lambda: bool(reading(process.pid)), process)
-        os.kill(reading(process.pid)[0], signal.SIGKILL)
+        found: list[int] = []
+        wait_for(lambda found=found: found.extend(of_session(process.pid, b"ReadWindow")) or bool(found), process)
+        os.kill(found[0], signal.SIGKILL)
         time.sleep(0.5)
     finish(process)
     assert ledger.written(tmp_path) == expected
@@ -121,8 +100,7 @@ def test_a_driver_that_is_killed_goes_on_with_other_numbers_of_workers(
         process = start(data, out, workers, at, s3_server)
         if workers != 3:
             wait_for(lambda out=out: out.exists() and len(ledger.written(out)) >= 9 * ledger.BATCH, process)
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+            kill(process)
         else:
             finish(process)
         # What a checkpoint would hold: the global batches that all workers have done.

@@ -1,0 +1,50 @@
+"""Commands as processes of their own, with all that they start: what a user runs, and what a test kills."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+CODE = Path(__file__).parents[1]
+
+
+def without_ray() -> dict[str, str]:
+    """The environment, but for what Ray or MLflow have put into it."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 300) -> None:
+    """Wait while a process, which must not end before, comes to a point."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stderr.read()[-5000:]  # type: ignore[union-attr]
+        assert time.monotonic() < end, "the moment to strike never came"
+        time.sleep(0.02)
+
+
+def of_session(session: int, word: bytes = b"") -> Iterator[int]:
+    """Yield the processes of a session whose command line has a word in it."""
+    for entry in Path("/proc").iterdir():
+        try:
+            stat = (entry / "stat").read_text() if entry.name.isdigit() else ""
+            state, *_, its_session = stat.rsplit(")", 1)[1].split()[:4] if stat else ("", "-1")
+            if int(its_session) == session and state != "Z" and word in (entry / "cmdline").read_bytes():
+                yield int(entry.name)
+        except OSError:
+            continue
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """SIGKILL a process that began a session, and all that are in it: Ray's workers have process groups of their own,
+    and would go on for a moment."""
+    while found := list(of_session(process.pid)):
+        for each in found:
+            try:
+                os.kill(each, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        process.poll()
+        time.sleep(0.02)
+    process.communicate()
