@@ -119,9 +119,8 @@ class Timesteps:
         if int(self.state["seen"].min()) >= REMEMBERED_LOSSES:
             # The distribution of least variance of the loss is ∝ √E[loss²] (Nichol and Dhariwal, 2021).
             moment = self.state["second_moment"]
-            wanted = (
-                moment.cpu().sqrt().clamp(min=2.0**-64)
-            )  # even where nothing was lost; on the CPU sums are in order
+            # Even where nothing was lost; and on the CPU, where sums are in order.
+            wanted = moment.cpu().sqrt().clamp(min=2.0**-64)
             drawn = edges((1 - UNIFORM_SHARE) * wanted / wanted.sum() + UNIFORM_SHARE / self.T)
             self._edges = drawn.to(moment.device)
 

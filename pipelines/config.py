@@ -55,7 +55,7 @@ class DataConfig:
         if not 1 <= self.zoom <= 8:
             raise ConfigurationError(f"data.zoom is {self.zoom}; it must lie in 1..8: try 1.125")
         if self.window_bytes < 1:
-            raise ConfigurationError(f"data.window_bytes is {self.window_bytes}; it must be at least 1: try 33554432")
+            raise ConfigurationError(f"data.window_bytes is {self.window_bytes}; it must be at least 1: try 67108864")
         for label in self.node_labels:
             if not all(label.partition("=")):
                 raise ConfigurationError(f"data.node_labels has {label!r}; each must be KEY=VALUE, such as role=data")

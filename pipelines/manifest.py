@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipelines.errors import ConfigurationError, DamagedError, DataError
 from pipelines.images import MIDDLE, BadImageError, Encoding, Pixels, View, as_stored
-from pipelines.shards import Shard, ahead, read_group
+from pipelines.shards import READ_IN_PLACE, READ_OF_PICTURES, Shard, ahead, read_group
 from pipelines.sources import portions
 from pipelines.storage import Folder
 
@@ -172,7 +172,7 @@ class _Window:
         self.image = np.empty((len(row), *(view or manifest).shape), np.uint8)
         self.label = np.full(len(row), -1, np.int64)
         self.in_place = manifest.encoding == "in-place"
-        self.columns = ("path", "size_bytes", "version", "label") if self.in_place else ("image", "label")
+        self.columns = READ_IN_PLACE if self.in_place else READ_OF_PICTURES
         self.index_of = {name: i for i, name in enumerate(manifest.labels)}
 
     def fill(self, places: NDArray[np.int64], bad: dict[int, BadRow]) -> NDArray[np.int64]:

@@ -131,7 +131,7 @@ def test_a_remote_folder_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("encoding", ["raw", "keep"])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_a_flipped_bit_is_found(encoding: str, share: float, folder: Folder) -> None:
-    """Page checksums see what a decoder would not: raw pixels have no other guard."""
+    """Checksums see what a decoder would not: raw pixels have no other guard."""
     manifest, _ = write(folder, encoding, group=1000)
     shard = manifest.shards[0]
     data = bytearray(folder.get(shard.name))
