@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.fit import FitConfig
+from pipelines.fit_config import FitConfig
 from pipelines.plan import Plan
 
 CHUNK_ROWS, WINDOW_ROWS = 128, 8192

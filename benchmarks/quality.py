@@ -47,7 +47,8 @@ from models.network import build
 from models.objective import EpsTheta
 from models.samplers import dpm_solver, sample
 from models.schedule import article
-from pipelines.fit import FitConfig, State, fit, new_state, pixels_to_x_0, x_0_to_pixels
+from pipelines.fit import State, fit, new_state, pixels_to_x_0, x_0_to_pixels
+from pipelines.fit_config import FitConfig
 from pipelines.images import encode
 from pipelines.pictures import contact_sheet
 from pipelines.scoring import Moments, frechet_distance, pixel_features

@@ -2,9 +2,10 @@
 
 from models.network import NetworkConfig
 from models.unet import UNetConfig
-from pipelines.config import DataConfig, DrawConfig, ScalingConfig, TrainJob
-from pipelines.fit import FitConfig
+from pipelines.config import DataConfig, DrawConfig, TrainJob
+from pipelines.fit_config import FitConfig
 from pipelines.ingest_plan import IngestConfig
+from pipelines.scaling import ScalingConfig
 
 DIGITS = TrainJob(
     name="digits",

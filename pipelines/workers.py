@@ -9,11 +9,9 @@ import functools
 import logging
 import math
 import signal
-import threading
 import time
 import uuid
 from dataclasses import dataclass, replace
-from typing import TypeAlias
 
 import pyarrow.fs
 import ray
@@ -24,7 +22,7 @@ from ray.train import DataConfig as RayDataConfig
 from ray.train import FailureConfig, LoggingConfig, RunConfig
 from ray.train import ScalingConfig as RayScalingConfig
 from ray.train.torch import TorchTrainer, get_device
-from ray.util.queue import Empty, Full, Queue
+from ray.util.queue import Full, Queue
 from torch import Tensor
 
 from models.init import empty, initialize
@@ -34,64 +32,17 @@ from pipelines.checkpoints import Checkpoint
 from pipelines.cluster import check_node_labels
 from pipelines.config import TrainJob
 from pipelines.errors import ConfigurationError, DataError, TryAgainError
-from pipelines.fit import DivergedError, State, fit, new_state, x_0_to_pixels
+from pipelines.fit import DivergedError, State, fit, new_state
 from pipelines.images import View
 from pipelines.manifest import Manifest
-from pipelines.pictures import contact_sheet
 from pipelines.plan import Plan, window_batches
-from pipelines.progress import TrainingProgress
+from pipelines.record import MAX_WAITING, Committed, Diverged, Message, Picture, Record, Report, Started
 from pipelines.storage import Folder
 from pipelines.stream import Deal, ReadWindow, batches, execution_options, open_stream
 from pipelines.tracking import Tracker
 from pipelines.world import World
 
-MAX_WAITING = 1000
-"""Messages that wait for the driver; further ones are dropped, training goes on."""
-
 log = logging.getLogger("brickyard.train")
-
-
-@dataclass(frozen=True)
-class Report:
-    """Metrics of the loop at a position."""
-
-    position: int
-    metrics: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Picture:
-    """Sample images of the loop at a position, float [n, C, H, W]."""
-
-    position: int
-    samples: Tensor
-
-
-@dataclass(frozen=True)
-class Committed:
-    """A checkpoint was committed."""
-
-    position: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Started:
-    """The workers have started, at a position."""
-
-    position: int
-    workers: int
-
-
-@dataclass(frozen=True)
-class Diverged:
-    """The gradient was not finite, which it would be again: the workers have stopped of themselves."""
-
-    position: int
-    reason: str
-
-
-Message: TypeAlias = Report | Picture | Committed | Started | Diverged
 
 
 @dataclass(frozen=True)
@@ -260,54 +211,3 @@ def _run_ray_train(job: TrainJob, task: TrainTask) -> None:
             (folder / name).delete()
         except (DataError, TryAgainError) as error:
             log.warning("what Ray Train kept of its own stays: %s", error)
-
-
-class Record:
-    """Moves messages from the workers to the tracker and to the terminal, in a thread of the driver."""
-
-    def __init__(self, wire: Queue, tracker: Tracker, images: int) -> None:
-        self.last: dict[str, float] = {}
-        self.diverged = ""
-        self._wire, self._tracker = wire, tracker
-        self._progress = TrainingProgress(images)
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="record", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        while True:
-            try:
-                message = self._wire.get(timeout=0.5)
-            except Empty:
-                if self._closing.is_set():
-                    return
-                continue
-            except ray.exceptions.RayError:
-                return
-            self._take(message)
-
-    def _take(self, message: Message) -> None:
-        match message:
-            case Report(position, metrics):
-                self.last |= {"loss": metrics["loss"], "images_per_s": round(metrics["images_per_s"], 1)}
-                for name in ("images_replaced", "storage_retries"):
-                    self.last[name] = self.last.get(name, 0) + metrics[name]
-                self._progress.update(position, metrics)
-                self._tracker.metrics(metrics, position)
-            case Picture(position, samples):
-                self._tracker.picture(contact_sheet(x_0_to_pixels(samples).numpy()), "samples", position)
-            case Committed(position, seconds):
-                log.info("checkpoint at %d images, %.2f s", position, seconds)
-                self._tracker.metrics({"checkpoint_s": seconds}, position)
-            case Diverged(_, reason):
-                self.diverged = reason
-            case Started(position, workers):
-                log.info("%d workers train from %d images on", workers, position)
-
-    def close(self) -> None:
-        """Pass on what still waits, for ten seconds at most."""
-        self._closing.set()
-        self._thread.join(timeout=10)
-        if self._thread.is_alive():
-            log.warning("the tracker is slow: what still waited for it is not on record")
-        self._progress.close()

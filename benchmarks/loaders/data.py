@@ -28,6 +28,8 @@ from benchmarks.loaders.decoders import SIDE
 ROOT = Path(__file__).parents[2]
 CLASSES = 10
 PARQUET_ROWS = 512
+COPIED = ("raw", "parquet", "tars", "lit", "mds", "keep", "pixels")
+"""What goes to object storage too; an ``in-place`` data set is of one place, and is made anew there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +115,7 @@ def main() -> None:
     if settings.to:
         filesystem, root = fsspec.url_to_fs(settings.to)
         filesystem.makedirs(root.split("/")[0], exist_ok=True)
-        for name in (path.name for path in folder.iterdir() if path.name != "in-place"):
+        for name in COPIED:  # and nothing else that lies there
             filesystem.put(f"{folder}/{name}/", f"{root}/{name}/", recursive=True)
         ingest(settings.to, "in-place", "in-place", 0)
 

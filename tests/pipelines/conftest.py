@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from pipelines import ingest
-from pipelines.fit import FitConfig
+from pipelines.fit_config import FitConfig
 from pipelines.parts import do
 from pipelines.storage import Folder
 from tests.pipelines.helpers import FIT

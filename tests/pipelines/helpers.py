@@ -14,7 +14,8 @@ from models.schedule import Schedule, article
 from models.timesteps import TimestepConfig
 from models.unet import UNet, UNetConfig
 from pipelines.checkpoints import Checkpoint
-from pipelines.fit import FitConfig, State, new_state
+from pipelines.fit import State, new_state
+from pipelines.fit_config import FitConfig
 from pipelines.plan import Plan
 from pipelines.stream import Batch, ReadWindow
 

@@ -11,7 +11,8 @@ import torch
 from models.schedule import article
 from pipelines import checkpoints
 from pipelines.errors import DataError, TryAgainError
-from pipelines.fit import FitConfig, State, fit
+from pipelines.fit import State, fit
+from pipelines.fit_config import FitConfig
 from pipelines.storage import Folder
 from pipelines.world import World
 from tests.pipelines.helpers import ABOUT, FIT, Ear, micro_batches, tiny_state

@@ -7,7 +7,7 @@ from jobs.cli import parse
 from jobs.presets import PRESETS
 from pipelines.config import DrawConfig, SampleJob, TrainJob
 from pipelines.errors import ConfigurationError
-from pipelines.fit import FitConfig
+from pipelines.fit_config import FitConfig
 from pipelines.plain import file_as_flags, flatten, from_dict, to_dict, to_yaml
 
 

@@ -10,7 +10,8 @@ import torch
 from models.schedule import article
 from pipelines import checkpoints
 from pipelines.errors import ConfigurationError
-from pipelines.fit import DivergedError, FitConfig, fit, mirrored, pixels_to_x_0, x_0_to_pixels
+from pipelines.fit import DivergedError, fit, mirrored, pixels_to_x_0, x_0_to_pixels
+from pipelines.fit_config import FitConfig
 from pipelines.storage import Folder
 from pipelines.world import World
 from tests.pipelines.helpers import Ear, micro_batches, tiny_state

@@ -10,7 +10,8 @@ import torch
 from models.objective import ObjectiveConfig, Target
 from models.timesteps import REMEMBERED_LOSSES, TimestepConfig, Timesteps
 from pipelines import checkpoints
-from pipelines.fit import FitConfig, fit, told_labels
+from pipelines.fit import fit, told_labels
+from pipelines.fit_config import FitConfig
 from pipelines.storage import Folder
 from pipelines.world import World
 from tests.pipelines.helpers import ABOUT, VARIANTS, Ear, micro_batches, tiny_state

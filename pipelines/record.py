@@ -1,0 +1,117 @@
+"""What rank 0 has to say, on its way to the tracker and to the terminal.
+
+It travels through a bounded queue to the driver, which alone speaks to the tracker: no tracker can hold a worker up.
+"""
+
+import logging
+import threading
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import ray
+from ray.util.queue import Empty, Queue
+from torch import Tensor
+
+from pipelines.fit import x_0_to_pixels
+from pipelines.pictures import contact_sheet
+from pipelines.progress import TrainingProgress
+from pipelines.tracking import Tracker
+
+MAX_WAITING = 1000
+"""Messages that wait for the driver; further ones are dropped, training goes on."""
+
+log = logging.getLogger("brickyard.train")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Metrics of the loop at a position."""
+
+    position: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Sample images of the loop at a position, float [n, C, H, W]."""
+
+    position: int
+    samples: Tensor
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A checkpoint was committed."""
+
+    position: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Started:
+    """The workers have started, at a position."""
+
+    position: int
+    workers: int
+
+
+@dataclass(frozen=True)
+class Diverged:
+    """The gradient was not finite, which it would be again: the workers have stopped of themselves."""
+
+    position: int
+    reason: str
+
+
+Message: TypeAlias = Report | Picture | Committed | Started | Diverged
+
+
+class Record:
+    """Moves messages from the workers to the tracker and to the terminal, in a thread of the driver."""
+
+    def __init__(self, wire: Queue, tracker: Tracker, images: int) -> None:
+        self.last: dict[str, float] = {}
+        self.diverged = ""
+        self._wire, self._tracker = wire, tracker
+        self._progress = TrainingProgress(images)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="record", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                message = self._wire.get(timeout=0.5)
+            except Empty:
+                if self._closing.is_set():
+                    return
+                continue
+            except ray.exceptions.RayError:
+                return
+            self._take(message)
+
+    def _take(self, message: Message) -> None:
+        match message:
+            case Report(position, metrics):
+                self.last |= {"loss": metrics["loss"], "images_per_s": round(metrics["images_per_s"], 1)}
+                for name in ("images_replaced", "storage_retries"):
+                    self.last[name] = self.last.get(name, 0) + metrics[name]
+                self._progress.update(position, metrics)
+                self._tracker.metrics(metrics, position)
+            case Picture(position, samples):
+                self._tracker.picture(contact_sheet(x_0_to_pixels(samples).numpy()), "samples", position)
+            case Committed(position, seconds):
+                log.info("checkpoint at %d images, %.2f s", position, seconds)
+                self._tracker.metrics({"checkpoint_s": seconds}, position)
+            case Diverged(_, reason):
+                self.diverged = reason
+            case Started(position, workers):
+                log.info("%d workers train from %d images on", workers, position)
+
+    def close(self) -> None:
+        """Pass on what still waits, for ten seconds at most."""
+        self._closing.set()
+        self._thread.join(timeout=10)
+        if self._thread.is_alive():
+            log.warning("the tracker is slow: what still waited for it is not on record")
+        self._progress.close()
