@@ -50,3 +50,13 @@ def _shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     # without a backward one would leave whole parameters behind, and later changes of the sharded ones without effect.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
     return model
+
+
+def accumulating(parallel, last):
+    from contextlib import nullcontext
+
+    return parallel.no_sync() if not last and hasattr(parallel, "no_sync") else nullcontext()
+
+
+def clip_gradients(model, max_norm):
+    return float(nn.utils.clip_grad_norm_(model.parameters(), max_norm))

@@ -170,6 +170,7 @@ def load(folder: Folder, checkpoint: Checkpoint, state: State, world: World) -> 
     state.ema.power.update(tensors["ema_power"])
     state.timesteps.state.update(tensors["timesteps"])
     state.timesteps.refresh()
+    state.losses.copy_(tensors["report"]["losses"])
     state.position = checkpoint.position
 
 
@@ -193,6 +194,7 @@ def _tensors(state: State) -> dict[str, dict[str, Any]]:
         "ema": dict(state.ema.shadow),
         "ema_power": {std: dict(shadow) for std, shadow in state.ema.power.items()},
         "timesteps": dict(state.timesteps.state),
+        "report": {"losses": state.losses},
     }
 
 

@@ -18,6 +18,8 @@ class OnDevice(NamedTuple):
     """int64 [b]."""
     image: Tensor
     """uint8 [b, H, W, C]: pixels stay bytes until they are there."""
+    counted: bool
+    """Whether it counts, or only keeps step with the other workers."""
 
 
 class Feed:
@@ -54,7 +56,7 @@ class Feed:
         own = (torch.from_numpy(np.array(values)) for values in (batch.position, batch.label, batch.image))
         if self._device.type == "cuda":
             own = (tensor.pin_memory().to(self._device, non_blocking=True) for tensor in own)
-        return OnDevice(*own)
+        return OnDevice(*own, counted=batch.counted)
 
     def _ahead(self) -> Iterator[OnDevice]:
         beside: Any = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
@@ -66,7 +68,7 @@ class Feed:
                 yield coming
             here = torch.cuda.current_stream(self._device)
             here.wait_stream(beside)
-            for tensor in sent:
+            for tensor in sent[:3]:
                 tensor.record_stream(here)
             coming = sent
         if coming:

@@ -4,13 +4,13 @@ has to say goes to whoever listens.
 Progress is counted in images. Everything drawn here is a function of (seed, position): t, ε and the flip.
 """
 
+import logging
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from models.ema import EMA
 from models.network import EpsNetwork
 from models.noise import normal, words
 from models.objective import Network, ObjectiveConfig, as_eps, training_loss
-from models.parallelize import parallelize
+from models.parallelize import accumulating, clip_gradients
 from models.samplers import dpm_solver, guided, sample
 from models.schedule import Schedule
 from models.timesteps import Timesteps
@@ -29,6 +29,9 @@ from pipelines.world import World
 
 BANDS = 4
 """Parts of 1..T, from the almost clean to the almost noise, whose losses are told apart."""
+MAX_SKIPPED_IN_A_ROW = 10
+
+log = logging.getLogger("brickyard.fit")
 
 
 @dataclass
@@ -39,12 +42,17 @@ class State:
     optimizer: torch.optim.Optimizer
     ema: EMA
     timesteps: Timesteps
+    losses: Tensor
+    """Loss and weight of each band of t since the last report, [2, BANDS]: the sum over all workers is what counts, so
+    when it is written and read the first worker has all of it."""
+    parallel: nn.Module
+    """What is trained through: the model, or what spreads it over the workers."""
     position: int = 0
     """Images seen."""
 
 
-class Listener(Protocol):
-    """Whoever the loop speaks to."""
+class Listener:
+    """Whoever the loop speaks to. This one does not listen."""
 
     def report(self, metrics: dict[str, float], position: int) -> None:
         """Take metrics at a position. (rank 0)"""
@@ -53,24 +61,42 @@ class Listener(Protocol):
         """Take sample images, float [n, C, H, W] in [-1, 1], at a position. (rank 0)"""
 
     def checkpoint(self, state: State) -> None:
-        """Commit the state. (all ranks)"""
+        """Commit the state, now or in the background. (all ranks)"""
+
+    def flush(self) -> None:
+        """Come back when all that was to be committed is. (all ranks)"""
+
+    def notice(self) -> bool:
+        """Return whether a worker will soon be taken away, the same on all of them. Asked once a step. (all ranks)"""
+        return False
+
+    def leave(self, state: State) -> None:
+        """Make way after such a notice; the state is committed. (all ranks)"""
 
 
 class DivergedError(Exception):
     """The gradient is not finite; the optimizer has not moved. The message names the positions of the batch."""
 
 
-def new_state(model: EpsNetwork, config: FitConfig, schedule: Schedule) -> State:
-    """Return the state at position 0 of a model on its device, whose first weights are in place."""
+def new_state(model: EpsNetwork, config: FitConfig, schedule: Schedule, parallel: nn.Module | None = None) -> State:
+    """Return the state at position 0 of a model on its device, whose first weights are in place.
+
+    Args:
+        model: sharded already, if it is to be.
+        config: how it is trained.
+        schedule: the whole schedule, of T steps.
+        parallel: what it is trained through, if that is not the model itself.
+    """
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, foreach=True
+        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
-    device = next(model.parameters()).device
-    timesteps = Timesteps(config.timesteps, schedule, config.batch_images, device)
-    return State(model, optimizer, EMA(model, config.ema), timesteps)
+    first = next(model.parameters())
+    timesteps = Timesteps(config.timesteps, schedule, config.batch_images, first.device)
+    losses = torch.zeros(2, BANDS, dtype=first.dtype, device=first.device)
+    return State(model, optimizer, EMA(model, config.ema), timesteps, losses, parallel or model)
 
 
-def fit(
+def fit(  # noqa: PLR0912, PLR0915  (the one long story)
     config: FitConfig,
     state: State,
     schedule: Schedule,
@@ -91,79 +117,105 @@ def fit(
         world: this worker's place; alone if not given.
 
     Raises:
-        DivergedError: on all ranks at once, when a gradient is not finite.
+        DivergedError: on all ranks at once, when a gradient is not finite, or ten in a row are not.
     """
     world = world or World()
     model, optimizer, T = state.model, state.optimizer, schedule.steps
     tables = schedule.to(world.device)
-    parallel = parallelize(model, "ddp" if world.size > 1 else "single", world.device)
-    accumulation = config.batch_images // (config.micro_images * world.size)
+    rounds = -(-config.micro_batches // world.size)
     dtype = next(model.parameters()).dtype
-    sums = torch.zeros(2, BANDS, dtype=dtype, device=world.device)  # loss and weight of each band since the last report
+    if world.rank > 0:
+        state.losses.zero_()
+    skipped = skipped_in_a_row = 0
     feed = Feed(batches, world.device)
     since, reported = time.perf_counter(), state.position
 
     while state.position < config.images:
-        # The step's learning rate: it rises, then stays.
+        # The step's learning rate: it rises, then stays or falls.
         state.position += config.batch_images
-        warm = min(state.position / max(config.warm_up_images, 1), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * warm
+            group["lr"] = config.learning_rate_at(state.position)
 
-        # Forward and backward, one micro-batch at a time; the gradient is the mean over the global batch.
-        for last in (i == accumulation - 1 for i in range(accumulation)):
-            position, label, pixels = next(feed)
+        # Forward and backward, one micro-batch at a time; the gradient is the mean over the global batch. The workers'
+        # gradients are averaged, so what each has of its B/b micro-batches is multiplied by W.
+        losses_of_step = torch.zeros_like(state.losses)
+        for last in (i == rounds - 1 for i in range(rounds)):
+            position, label, pixels, counted = next(feed)
             x_0 = pixels_to_x_0(pixels).to(dtype)
             if config.flip:
                 x_0 = mirrored(x_0, seed, position)
-            network = told_labels(parallel, label, seed, position, config) if model.classes else parallel
+            network = told_labels(state.parallel, label, seed, position, config) if model.classes else state.parallel
             t, weight = state.timesteps.draw(seed, position)
             noise = partial(noise_like, x_0, seed, position)
-            with nullcontext() if last or world.size == 1 else parallel.no_sync():  # type: ignore[operator]
+            with accumulating(state.parallel, last):
                 losses = training_loss(config.objective, network, x_0, t, noise, tables)
-                ((weight.to(dtype) * losses).mean() / accumulation).backward()  # type: ignore[no-untyped-call]
-            state.timesteps.observe(t, losses)
-            band = (t - 1) * BANDS // T
-            sums.index_add_(1, band, torch.stack([weight * losses.detach(), weight]).to(dtype))
+                share = world.size / config.micro_batches if counted else 0.0
+                ((weight.to(dtype) * losses).mean() * share).backward()  # type: ignore[no-untyped-call]
+            if counted:
+                state.timesteps.observe(t, losses)
+                band = (t - 1) * BANDS // T
+                losses_of_step.index_add_(1, band, torch.stack([weight * losses.detach(), weight]).to(dtype))
 
-        # One step of the optimizer, agreed on by all ranks: after the reduction the gradient is the same on each.
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-        if not math.isfinite(float(norm)):
-            raise DivergedError(
-                f"the gradient of positions {state.position - config.batch_images}..{state.position - 1} is {norm}; "
-                "lower fit.learning_rate or look at those images, then run again from the last checkpoint"
-            )
-        optimizer.step()
+        # One step of the optimizer, agreed on by all ranks: after the reduction the norm is the same on each.
+        norm = clip_gradients(model, config.clip_norm)
+        if math.isfinite(norm):
+            optimizer.step()
+            state.losses += losses_of_step
+            skipped_in_a_row = 0
+        else:
+            skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
+            said = f"the gradient of positions {state.position - config.batch_images}..{state.position - 1} is {norm}"
+            if config.not_finite == "stop" or skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+                raise DivergedError(
+                    f"{said}; lower fit.learning_rate or look at those images, then run again from the last checkpoint"
+                )
+            log.warning("%s: skipped", said)
         optimizer.zero_grad(set_to_none=True)
         state.ema.update(model, state.position, config.batch_images)
         state.timesteps.learn(world.sum)
 
         # Say how it goes.
         if state.position % config.log_images == 0 or state.position == config.images:
-            loss, share = world.sum(sums).tolist()
             replaced, retried = world.sum(torch.tensor([feed.replaced, feed.retried], device=world.device)).tolist()
             seconds = time.perf_counter() - since
             metrics = {
-                "loss": sum(loss) / sum(share),
-                **{f"loss_band_{i + 1}_of_{BANDS}": loss[i] / share[i] for i in range(BANDS) if share[i]},
-                "gradient_norm": float(norm),
+                **by_band(world.sum(state.losses)),
+                "gradient_norm": norm,
                 "learning_rate": optimizer.param_groups[0]["lr"],
                 "images_per_s": (state.position - reported) / seconds,
                 "data_wait_percent": 100 * feed.waited_s / seconds,
                 "images_replaced": replaced,
                 "storage_retries": retried,
+                "steps_skipped": skipped,
             }
             if world.rank == 0:
                 listener.report(metrics, state.position)
-            sums.zero_()
+            state.losses.zero_()
             feed.reset()
-            since, reported = time.perf_counter(), state.position
+            since, reported, skipped = time.perf_counter(), state.position, 0
         if state.position % config.grid_images == 0 or state.position == config.images:
             grid = draw_grid(state, schedule, x_0.shape[1:], config.objective, world)
             if world.rank == 0:
                 listener.picture(grid, state.position)
-        if state.position % config.checkpoint_images == 0 or state.position == config.images:
+
+        # Commit, in its rhythm or because a worker is about to be taken away.
+        leaving = listener.notice()
+        if leaving or state.position % config.checkpoint_images == 0 or state.position == config.images:
+            world.sum(state.losses)
+            if world.rank > 0:
+                state.losses.zero_()
             listener.checkpoint(state)
+        if leaving:
+            listener.flush()
+            return listener.leave(state)
+    return listener.flush()
+
+
+def by_band(losses: Tensor) -> dict[str, float]:
+    """Return the mean loss, and that of each band of t, of losses and weights summed by band, [2, BANDS]."""
+    loss, weight = losses.tolist()
+    means = {f"loss_band_{i + 1}_of_{BANDS}": loss[i] / weight[i] for i in range(BANDS) if weight[i]}
+    return {"loss": sum(loss) / sum(weight) if any(weight) else math.nan, **means}
 
 
 def pixels_to_x_0(pixels: Tensor) -> Tensor:

@@ -2,11 +2,15 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
+from models.choice import check_choice
 from models.ema import EMAConfig
 from models.objective import ObjectiveConfig
 from models.timesteps import TimestepConfig
 from pipelines.errors import ConfigurationError
+
+NotFinite: TypeAlias = Literal["stop", "skip"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,10 +27,16 @@ class FitConfig:
     """Of AdamW, after the warm-up."""
     warm_up_images: int = 10_000
     """Images over which the learning rate rises from 0."""
+    decay_images: int = 0
+    """The position at which the learning rate has come down to 0, along half a cosine from the end of the warm-up on;
+    0: it stays."""
     weight_decay: float = 0.0
     """Of AdamW."""
     clip_norm: float = 1.0
     """Largest norm of the gradient; longer ones are shortened to it."""
+    not_finite: NotFinite = "stop"
+    """What a gradient that is not finite does: end the job before the optimizer moves, naming the positions of the
+    batch; or skip that batch, though never ten in a row."""
     flip: bool = False
     """Mirror half of the images, left to right."""
     label_dropout: float = 0.1
@@ -37,7 +47,7 @@ class FitConfig:
     log_images: int = 12_800
     """Images between two reports; a multiple of batch_images."""
     checkpoint_images: int = 51_200
-    """Images between two checkpoints, a multiple of batch_images: what a crash can cost."""
+    """Images between two checkpoints; a multiple of batch_images: what a crash can cost."""
     grid_images: int = 51_200
     """Images between two sample grids; a multiple of batch_images."""
 
@@ -53,23 +63,13 @@ class FitConfig:
                     f"fit.{name} is {value}; it must be a multiple of fit.batch_images, which is {self.batch_images}: "
                     f"try {near}"
                 )
-        if self.checkpoint_images % self.log_images:
-            near = max(round(self.checkpoint_images / self.log_images), 1) * self.log_images
-            raise ConfigurationError(
-                f"fit.checkpoint_images is {self.checkpoint_images}; it must be a multiple of fit.log_images, which is "
-                f"{self.log_images}, so that the reports are the same after a resume: try {near}"
-            )
         if self.batch_images % self.micro_images:
             raise ConfigurationError(
                 f"fit.micro_images is {self.micro_images}; it must divide fit.batch_images, which is "
                 f"{self.batch_images}: try {math.gcd(self.batch_images, self.micro_images)}"
             )
-        for name, low in (("learning_rate", 0.0), ("clip_norm", 0.0)):
-            if not getattr(self, name) > low:
-                raise ConfigurationError(f"fit.{name} is {getattr(self, name)}; it must be positive")
-        for name in ("warm_up_images", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ConfigurationError(f"fit.{name} is {getattr(self, name)}; it must not be negative")
+        self._check_rate()
+        check_choice("fit.not_finite", self.not_finite, NotFinite)
         tiny = self.objective.loss == "reconstruction" or self.objective.weight == "article"
         if tiny and self.timesteps.kind == "loss-aware":
             raise ConfigurationError(
@@ -79,13 +79,48 @@ class FitConfig:
         if not 0 <= self.label_dropout <= 1:
             raise ConfigurationError(f"fit.label_dropout is {self.label_dropout}; it must lie in 0..1: try 0.1")
 
-    def check_workers(self, workers: int) -> None:
-        """Raise ConfigurationError unless the workers divide the batch into whole micro-batches."""
-        if self.batch_images % (self.micro_images * workers):
-            fitting = [w for w in range(1, self.batch_images // self.micro_images + 1)
-                       if self.batch_images // self.micro_images % w == 0]  # fmt: skip
+    def _check_rate(self) -> None:
+        for name, low in (("learning_rate", 0.0), ("clip_norm", 0.0)):
+            if not getattr(self, name) > low:
+                raise ConfigurationError(f"fit.{name} is {getattr(self, name)}; it must be positive")
+        for name in ("warm_up_images", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ConfigurationError(f"fit.{name} is {getattr(self, name)}; it must not be negative")
+        if self.decay_images and not self.warm_up_images < self.decay_images:
             raise ConfigurationError(
-                f"scaling.workers is {workers}; fit.batch_images = {self.batch_images} is "
-                f"{self.batch_images // self.micro_images} micro-batches of fit.micro_images = {self.micro_images}, "
-                f"which {workers} workers cannot share: take one of {fitting} workers, or other sizes"
+                f"fit.decay_images is {self.decay_images}; it must be above fit.warm_up_images, which is "
+                f"{self.warm_up_images}: try {self.images}, or 0 for a learning rate that stays"
             )
+        if self.decay_images and self.images > self.decay_images:
+            raise ConfigurationError(
+                f"fit.images is {self.images} and fit.decay_images {self.decay_images}, from where on the learning "
+                f"rate is 0: it must reach as far, try {self.images}"
+            )
+
+    @property
+    def micro_batches(self) -> int:
+        """B/b, of a global batch."""
+        return self.batch_images // self.micro_images
+
+    def learning_rate_at(self, position: int) -> float:
+        """Return the learning rate of the step that leads to a position, in images."""
+        if position < self.warm_up_images:
+            return self.learning_rate * position / self.warm_up_images
+        if not self.decay_images:
+            return self.learning_rate
+        progress = (position - self.warm_up_images) / (self.decay_images - self.warm_up_images)
+        return self.learning_rate * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+
+    def check_workers(self, workers: int) -> None:
+        """Raise ConfigurationError unless each worker has a micro-batch of each global batch."""
+        if workers > self.micro_batches:
+            raise ConfigurationError(
+                f"scaling.workers is {workers}; fit.batch_images = {self.batch_images} is {self.micro_batches} "
+                f"micro-batches of fit.micro_images = {self.micro_images}, and each worker must have one: take "
+                f"{self.micro_batches} workers at most, or a smaller fit.micro_images"
+            )
+
+    def idle_share(self, workers: int) -> float:
+        """Return the part of the workers' time that they wait since W does not divide B/b."""
+        rounds = -(-self.micro_batches // workers)
+        return 1 - self.micro_batches / (rounds * workers)

@@ -12,9 +12,13 @@ holds the i-th micro-batch of each of them.
     batch s                                   micro 0    micro 1    micro 2    micro 3
     batch s+1                                 micro 4    micro 5    micro 6    micro 7
 
-Every W that divides B/b gets whole batches out of this, the same ones, and the layout knows nothing of W. Groups lie
-where positions are multiples of their size, whatever the position that a run starts at: what lies before it, or beyond
-the end, is neither read nor handed out, and stands in the block as zeros.
+Every W up to B/b gets whole batches out of this, the same ones, and the layout knows nothing of W. Where W does not
+divide B/b some workers have a micro-batch less of a global batch than others; they are given their last one again, not
+to be counted, so that all take the same number and meet in every collective.
+
+Groups lie where positions are multiples of their size, whatever the position that a run starts at: what lies before it,
+or beyond the end, is neither read nor handed out, and stands in the block as zeros. Ray cuts what is left over when it
+has dealt W blocks each time into W equal parts: so blocks of zeros come after the last, enough that only they are cut.
 """
 
 import json
@@ -60,6 +64,9 @@ class Batch(NamedTuple):
     """Images in it that could not be used, in whose place another stands."""
     retried: int = 0
     """Requests to storage that had to be repeated since the last batch."""
+    counted: bool = True
+    """False: given out once more, to a worker that has no further one of this global batch; to be computed in step with
+    the others, and not to be counted."""
 
 
 class StreamOrderError(Exception):
@@ -86,6 +93,11 @@ class Deal:
         assert self.batch_images % self.micro_images == 0, self
         assert self.start % self.batch_images == 0 and self.stop % self.batch_images == 0, self
         assert self.window_batches & (self.window_batches - 1) == 0 < self.window_batches, self
+
+    @property
+    def micro_batches(self) -> int:
+        """B/b, of a global batch."""
+        return self.batch_images // self.micro_images
 
     @property
     def batches_together(self) -> int:
@@ -115,8 +127,7 @@ class Deal:
         rows = self.window_batches * self.batch_images
         first = max(window * rows, self.start // self.group_rows * self.group_rows)
         last = min((window + 1) * rows, -(-self.stop // self.group_rows) * self.group_rows)
-        micro_batches = self.batch_images // self.micro_images
-        groups = np.arange(first, last).reshape(-1, self.batches_together, micro_batches, self.micro_images)
+        groups = np.arange(first, last).reshape(-1, self.batches_together, self.micro_batches, self.micro_images)
         return groups.transpose(0, 2, 1, 3).ravel()
 
 
@@ -139,6 +150,8 @@ class ReadWindow:
             for part in self.read(self.deal.windows[number]):
                 for first in range(0, len(part["position"]), self.deal.block_rows):
                     yield {name: column[first : first + self.deal.block_rows] for name, column in part.items()}
+            if number == len(self.deal.windows) - 1:
+                yield from [self._nothing()] * (self.deal.micro_batches - 1)  # W - 1 at most
 
     def read(self, window: int) -> Iterator[dict[str, Any]]:
         """Yield the columns of a window in the order of its blocks, a few groups at a time.
@@ -172,6 +185,14 @@ class ReadWindow:
         columns["retried"] = np.zeros(len(position), np.int64)
         columns["retried"][wanted[0]] = retries() - before
         return columns
+
+    def _nothing(self) -> dict[str, Any]:
+        """Return a block of no positions."""
+        rows = self.deal.block_rows
+        columns: dict[str, Any] = {"position": np.full(rows, -1)}
+        columns |= {name: np.zeros(rows, np.int64) for name in ("row", "label")}
+        columns["image"] = np.zeros((rows, *self.view.shape), np.uint8)
+        return columns | {"replaced": np.zeros(rows, bool), "retried": np.zeros(rows, np.int64)}
 
     def _check_share(self, bad: list[BadRow], images: int) -> None:
         """Raise DataError if so many of a window's images are unusable that the share of all is more than allowed."""
@@ -221,24 +242,33 @@ def open_stream(read: ReadWindow, node_labels: dict[str, str] | None = None) -> 
 def batches(shard: Any, deal: Deal, rank: int, world: int) -> Iterator[Batch]:
     """Yield this worker's micro-batches in the order of their positions, each checked to be the one that is due.
 
+    Of each global batch every worker takes ⌈B/b / W⌉; where it has no further one, its last comes again, not counted.
+
     Args:
         shard: the worker's part of the stream, a Ray Data iterator.
         deal: how the stream was cut.
         rank: this worker, 0..world-1.
-        world: W, the number of workers; it divides B/b.
+        world: W, the number of workers, at most B/b.
 
     Raises:
         StreamOrderError: if another block came, or too few did.
     """
-    b, share = deal.micro_images, deal.batch_images // deal.micro_images // world
-    blocks = iter(shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2 * share))
-    for group in range(deal.start // deal.group_rows * deal.group_rows, deal.stop, deal.group_rows):
-        mine = [next(blocks, None) for _ in range(share)]
+    b, n = deal.micro_images, deal.micro_batches
+    most = -(-n // world)
+    blocks = iter(shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2 * most))
+    groups = range(deal.start // deal.group_rows * deal.group_rows, deal.stop, deal.group_rows)
+    for number, group in enumerate(groups):
+        turns = range((rank - number * n) % world, n, world)  # block j of the stream is worker j mod W's
+        mine = [(turn, next(blocks, None)) for turn in turns]
         for batch in range(deal.batches_together):
-            for turn, block in enumerate(mine):
-                due = group + batch * deal.batch_images + (turn * world + rank) * b
-                if deal.start <= due < deal.stop:
-                    yield _micro_batch(block, slice(batch * b, (batch + 1) * b), due, rank, world)
+            first = group + batch * deal.batch_images
+            if deal.start <= first < deal.stop:
+                rows = slice(batch * b, (batch + 1) * b)
+                for turn, block in mine:
+                    given = _micro_batch(block, rows, first + turn * b, rank, world)
+                    yield given
+                for _ in range(most - len(mine)):
+                    yield given._replace(replaced=0, retried=0, counted=False)
 
 
 def _micro_batch(block: dict[str, Any] | None, rows: slice, due: int, rank: int, world: int) -> Batch:

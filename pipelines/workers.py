@@ -32,7 +32,7 @@ from pipelines.checkpoints import Checkpoint
 from pipelines.cluster import check_node_labels
 from pipelines.config import TrainJob
 from pipelines.errors import ConfigurationError, DataError, TryAgainError
-from pipelines.fit import DivergedError, State, fit, new_state
+from pipelines.fit import DivergedError, Listener, State, fit, new_state
 from pipelines.images import View
 from pipelines.manifest import Manifest
 from pipelines.plan import Plan, window_batches
@@ -89,7 +89,7 @@ class TrainTask:
 
 
 @dataclass(frozen=True)
-class WorkerListener:
+class WorkerListener(Listener):
     """Takes what the loop says, on a worker."""
 
     task: TrainTask

@@ -22,7 +22,7 @@ variant, world = VARIANTS[sys.argv[2]], World(rank, size)
 config = replace(variant.fit, images=stop)
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"file://{folder}/meeting-{size}", world_size=size, rank=rank)
-state = tiny_state(config, rank, torch.float64, variant)  # DDP gives all of them the weights of rank 0
+state = tiny_state(config, rank, torch.float64, variant, world)  # DDP gives all of them the weights of rank 0
 if found := checkpoints.newest(run):
     checkpoints.load(*found, state, world)
 ear = Ear(lambda state: checkpoints.commit(run, state, ABOUT, world))

@@ -10,14 +10,18 @@ from torch import Tensor
 from models.ema import EMAConfig
 from models.init import initialize
 from models.objective import ObjectiveConfig
+from models.parallelize import parallelize
 from models.schedule import Schedule, article
 from models.timesteps import TimestepConfig
 from models.unet import UNet, UNetConfig
 from pipelines.checkpoints import Checkpoint
-from pipelines.fit import State, new_state
+from pipelines.fit import Listener, State, new_state
 from pipelines.fit_config import FitConfig
 from pipelines.plan import Plan
 from pipelines.stream import Batch, ReadWindow
+from pipelines.world import World
+
+CPU = torch.device("cpu")
 
 TINY = UNetConfig(channels=8, multipliers=(1, 2), blocks=1, attention=(4,), groups=4)
 
@@ -58,11 +62,29 @@ VARIANTS = {
 
 
 def tiny_state(
-    config: FitConfig, seed: int = 0, dtype: torch.dtype = torch.float32, variant: Variant = VARIANTS["plain"]
+    config: FitConfig,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    variant: Variant = VARIANTS["plain"],
+    world: World | None = None,
 ) -> State:
     model = UNet(TINY, image_channels=1, side=8, classes=variant.classes)
     initialize(model, seed)
-    return new_state(model.to(dtype).to(memory_format=torch.channels_last), config, variant.schedule)
+    model = model.to(dtype).to(memory_format=torch.channels_last)
+    parallel = parallelize(model, "ddp", CPU) if world and world.size > 1 else model
+    return new_state(model, config, variant.schedule, parallel)
+
+
+def everything(state: State) -> torch.Tensor:
+    """All the numbers of a state, in a row."""
+    optimizer = [
+        value.flatten()
+        for p in state.model.parameters()
+        for value in state.optimizer.state[p].values()
+        if isinstance(value, torch.Tensor)
+    ]
+    return torch.cat([*(p.detach().flatten() for p in state.model.parameters()), *optimizer,
+                      *(v.flatten() for v in state.ema.shadow.values())])  # fmt: skip
 
 
 def micro_batches(
@@ -70,12 +92,16 @@ def micro_batches(
 ) -> Iterator[Batch]:
     """What the stream delivers, from memory."""
     plan = Plan(0, len(pixels), 128, 512)
-    for first in range(start + rank * config.micro_images, config.images, world * config.micro_images):
-        row = plan.rows(first, first + config.micro_images)
-        yield Batch(np.arange(first, first + config.micro_images), row, row % 10, pixels[row])
+    b, n = config.micro_images, config.micro_batches
+    for step in range(start // config.batch_images, config.images // config.batch_images):
+        mine = [j for j in range(step * n, (step + 1) * n) if (j - start // b) % world == rank]
+        for turn in range(-(-n // world)):
+            first = mine[min(turn, len(mine) - 1)] * b
+            row = plan.rows(first, first + b)
+            yield Batch(np.arange(first, first + b), row, row % 10, pixels[row], counted=turn < len(mine))
 
 
-class Ear:
+class Ear(Listener):
     """A listener that remembers."""
 
     def __init__(self, on_checkpoint: Callable[[State], None] | None = None) -> None:

@@ -15,7 +15,7 @@ from pipelines.fit import State, fit
 from pipelines.fit_config import FitConfig
 from pipelines.storage import Folder
 from pipelines.world import World
-from tests.pipelines.helpers import ABOUT, FIT, Ear, micro_batches, tiny_state
+from tests.pipelines.helpers import ABOUT, FIT, Ear, everything, micro_batches, tiny_state
 
 ALONE = World()
 Digits = tuple[np.ndarray, np.ndarray]
@@ -35,17 +35,6 @@ def run(finished: tuple[Folder, State], folder: Folder) -> tuple[Folder, State]:
     """A finished run with checkpoints at 128, 256 and 384 images, to be harmed, and its last state."""
     shutil.copytree(finished[0].path(), folder.path())
     return folder, finished[1]
-
-
-def everything(state: State) -> torch.Tensor:
-    optimizer = [
-        value.flatten()
-        for p in state.model.parameters()
-        for value in state.optimizer.state[p].values()
-        if isinstance(value, torch.Tensor)
-    ]
-    return torch.cat([*(p.detach().flatten() for p in state.model.parameters()), *optimizer,
-                      *(v.flatten() for v in state.ema.shadow.values())])  # fmt: skip
 
 
 @pytest.mark.parametrize("position", [128, 256])

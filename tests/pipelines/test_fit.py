@@ -1,20 +1,22 @@
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from models.schedule import article
 from pipelines import checkpoints
 from pipelines.errors import ConfigurationError
-from pipelines.fit import DivergedError, fit, mirrored, pixels_to_x_0, x_0_to_pixels
+from pipelines.fit import DivergedError, State, fit, mirrored, pixels_to_x_0, x_0_to_pixels
 from pipelines.fit_config import FitConfig
 from pipelines.storage import Folder
 from pipelines.world import World
-from tests.pipelines.helpers import Ear, micro_batches, tiny_state
+from tests.pipelines.helpers import ABOUT, FIT, Ear, everything, micro_batches, tiny_state
 
 Digits = tuple[np.ndarray, np.ndarray]
 
@@ -39,7 +41,7 @@ def test_it_speaks_when_it_should(digits: Digits, tiny_fit: FitConfig) -> None:
     bands = {f"loss_band_{i}_of_4" for i in range(1, 5)}
     assert set(ear.reports[0][1]) == bands | {
         "loss", "gradient_norm", "learning_rate", "images_per_s", "data_wait_percent", "images_replaced",
-        "storage_retries",
+        "storage_retries", "steps_skipped",
     }  # fmt: skip
 
 
@@ -80,7 +82,7 @@ def start_workers(folder: Path, world: int, stop: int, variant: str = "plain") -
     assert [worker.wait(timeout=300) for worker in workers] == [0] * world
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, 3, 4])
 def test_more_workers_train_the_same_network(world: int, digits: Digits, tiny_fit: FitConfig, tmp_path: Path) -> None:
     """Real processes, gloo and DDP; float64, so that only the order of sums differs."""
     alone = tiny_state(tiny_fit, dtype=torch.float64)
@@ -131,6 +133,91 @@ def test_a_gradient_that_is_not_finite_stops_before_the_optimizer_moves(digits: 
     assert state.position == first + config.batch_images
 
 
+def test_the_rate_rises_and_falls_as_it_should(tiny_fit: FitConfig) -> None:
+    """Against torch's own schedulers, step by step."""
+    config = replace(tiny_fit, decay_images=384)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=config.learning_rate)
+    peer = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=(384 - 64) // 32)
+    assert [config.learning_rate_at(position) for position in (32, 64)] == [2e-3 / 2, 2e-3]
+    for position in range(96, 385, 32):
+        optimizer.step()
+        peer.step()
+        assert config.learning_rate_at(position) == pytest.approx(peer.get_last_lr()[0], abs=1e-12)
+    assert config.learning_rate_at(384) == 0
+    assert tiny_fit.learning_rate_at(384) == 2e-3
+
+
+class Poisoned(nn.Module):
+    """A network whose gradient is not finite in the batches that start at some positions."""
+
+    def __init__(self, model: nn.Module, steps: set[int]) -> None:
+        super().__init__()
+        self.model, self.steps, self.calls = model, steps, 0
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        step, self.calls = self.calls // FIT.micro_batches, self.calls + 1
+        out: torch.Tensor = self.model(x, t)
+        return out * torch.nan if step in self.steps else out
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_if_asked(digits: Digits, tiny_fit: FitConfig) -> None:
+    """The step's position counts, its gradient, its losses and the optimizer's memory do not."""
+    config, ear, plain = replace(tiny_fit, not_finite="skip"), Ear(), Ear()
+    state, whole = tiny_state(config), tiny_state(config)
+    state.parallel = Poisoned(state.model, {1, 4})
+    fit(config, state, article(), 0, micro_batches(digits[0], config), ear)
+    fit(config, whole, article(), 0, micro_batches(digits[0], config), plain)
+    assert [metrics["steps_skipped"] for _, metrics in ear.reports] == [1, 0, 1, 0, 0, 0]
+    assert all(np.isfinite(metrics["loss"]) for _, metrics in ear.reports)
+    assert state.position == 384 and torch.isfinite(everything(state)).all()
+    assert {int(each["step"]) for each in state.optimizer.state.values()} == {10}
+    assert ear.reports[0][1]["loss"] != plain.reports[0][1]["loss"], "one step of two is in it"
+
+
+def test_ten_in_a_row_are_not_skipped(digits: Digits, tiny_fit: FitConfig) -> None:
+    config = replace(tiny_fit, not_finite="skip")
+    state = tiny_state(config)
+    state.parallel = Poisoned(state.model, set(range(1, 12)))
+    with pytest.raises(DivergedError, match=r"gradient of positions 320\.\.351 is nan"):
+        fit(config, state, article(), 0, micro_batches(digits[0], config), Ear())
+
+
+class Noticed(Ear):
+    """Is told at a position that a worker is about to go."""
+
+    def __init__(self, position: int, commit: Callable[[State], None]) -> None:
+        super().__init__(commit)
+        self.asked, self.at, self.left = 0, position, 0
+
+    def notice(self) -> bool:
+        self.asked += 1
+        return self.asked * FIT.batch_images == self.at
+
+    def leave(self, state: State) -> None:
+        self.left = state.position
+
+
+def test_a_notice_becomes_a_checkpoint_and_the_reports_go_on_as_if_nothing_had_been(
+    digits: Digits, tiny_fit: FitConfig, folder: Folder
+) -> None:
+    """At 96 images, in the middle of a report and between two checkpoints: bit for bit, the curve as well."""
+    whole, ear = tiny_state(tiny_fit), Ear()
+    fit(tiny_fit, whole, article(), 0, micro_batches(digits[0], tiny_fit), ear)
+    noticed = Noticed(96, lambda state: checkpoints.commit(folder, state, ABOUT, World()))
+    fit(tiny_fit, tiny_state(tiny_fit), article(), 0, micro_batches(digits[0], tiny_fit), noticed)
+    assert (noticed.left, noticed.checkpoints) == (96, [96])
+    found = checkpoints.newest(folder)
+    assert found and found[1].position == 96
+    state, rest = tiny_state(tiny_fit, seed=1), Ear()
+    checkpoints.load(*found, state, World())
+    fit(tiny_fit, state, article(), 0, micro_batches(digits[0], tiny_fit, start=96), rest)
+    assert torch.equal(everything(state), everything(whole))
+    told = [
+        (position, metrics["loss"], metrics["gradient_norm"]) for position, metrics in noticed.reports + rest.reports
+    ]
+    assert told == [(position, metrics["loss"], metrics["gradient_norm"]) for position, metrics in ear.reports]
+
+
 def test_pixels_survive_the_way_to_x_0_and_back() -> None:
     pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1)
     x_0 = pixels_to_x_0(pixels)
@@ -154,7 +241,8 @@ def test_an_image_is_mirrored_or_not_by_its_position() -> None:
     [
         ({"images": 100}, r"fit\.images is 100; it must be a multiple of fit\.batch_images, which is 32: try 96"),
         ({"micro_images": 12}, r"fit\.micro_images is 12; it must divide fit\.batch_images, which is 32: try 4"),
-        ({"checkpoint_images": 96}, r"fit\.checkpoint_images is 96; it must be a multiple of fit\.log_images"),
+        ({"decay_images": 64}, r"fit\.decay_images is 64; it must be above fit\.warm_up_images, which is 64: try 384"),
+        ({"decay_images": 320}, r"fit\.images is 384 and fit\.decay_images 320, .* try 384"),
         ({"learning_rate": 0.0}, r"fit\.learning_rate is 0\.0; it must be positive"),
         ({"warm_up_images": -1}, r"fit\.warm_up_images is -1; it must not be negative"),
         ({"batch_images": 0}, r"fit\.batch_images is 0; it must be at least 1"),
@@ -167,7 +255,9 @@ def test_bad_numbers_name_the_field_the_value_and_the_way_out(
         replace(tiny_fit, **wrong)
 
 
-def test_workers_that_cannot_share_a_batch_are_refused(tiny_fit: FitConfig) -> None:
-    tiny_fit.check_workers(4)
-    with pytest.raises(ConfigurationError, match=r"scaling\.workers is 3;.*take one of \[1, 2, 4\] workers"):
-        tiny_fit.check_workers(3)
+def test_more_workers_than_micro_batches_are_refused(tiny_fit: FitConfig) -> None:
+    for workers in (1, 2, 3, 4):
+        tiny_fit.check_workers(workers)
+    with pytest.raises(ConfigurationError, match=r"scaling\.workers is 5;.* 4 micro-batches .* take 4 workers at most"):
+        tiny_fit.check_workers(5)
+    assert [tiny_fit.idle_share(workers) for workers in (1, 2, 3, 4)] == pytest.approx([0, 0, 1 / 3, 0])
