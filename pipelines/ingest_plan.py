@@ -211,12 +211,13 @@ class IngestPlan:
         """Return what a part is."""
         cut = self._cuts[number]
         files = self.files[cut.files]
-        if self.source.kind != "files" and cut.rows == ALL:
-            listed = self._listed_in[files[0].name]
+        if self.source.kind == "files":
+            paths = [file.name for file in files]
+        elif cut.rows == ALL:
+            paths = list(self._listed_in[files[0].name])
         else:
-            whole = self.source.kind == "files"
-            paths = [file.name for file in files] if whole else [f"{files[0].name}/{row}" for row in cut.rows]
-            listed = {path: self.listed[path] for path in paths if path in self.listed}
+            paths = [f"{files[0].name}/{row}" for row in cut.rows]
+        listed = {path: self.listed[path] for path in paths if path in self.listed}
         return Part(number, files, listed, dropped, cut.rows, cut.share)
 
     def runs(self, numbers: list[int]) -> list[list[int]]:
