@@ -79,7 +79,7 @@ def decoded(data: bytes, scaled_to: int | None, filter_: Image.Resampling | None
 def main() -> None:
     settings = tyro.cli(Settings, description=__doc__)
     files, n = list(jpegs(settings.images)), settings.images
-    module.do = lambda parts, task, on_cluster: do(parts, task, False)  # type: ignore[attr-defined]  # one process
+    module.do = lambda runs, task, *_: do(runs, task, False)  # type: ignore[attr-defined]  # one process
     with tempfile.TemporaryDirectory() as folder:
         source = Folder(f"{folder}/source")
         for i, data in enumerate(files):

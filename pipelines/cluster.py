@@ -20,6 +20,18 @@ SPARE_CPUS = 2
 must find room beside the workers that train."""
 
 
+def node_labels(setting: str, said: tuple[str, ...]) -> dict[str, str]:
+    """Return labels of nodes, each KEY=VALUE, by key.
+
+    Raises:
+        ConfigurationError: naming the setting, if one is not that.
+    """
+    for label in said:
+        if not all(label.partition("=")):
+            raise ConfigurationError(f"{setting} has {label!r}; each must be KEY=VALUE, such as role=data")
+    return dict(label.split("=", 1) for label in said)
+
+
 def check_node_labels(wanted: dict[str, str]) -> None:
     """Say so if no node has the labels that are asked for: tasks wait until one joins.
 
@@ -31,7 +43,7 @@ def check_node_labels(wanted: dict[str, str]) -> None:
         return
     own = {name: value for labels in nodes for name, value in labels.items() if not name.startswith("ray.io/")}
     said = (
-        f"data.node_labels is {' '.join(f'{name}={value}' for name, value in wanted.items())}; no node of the cluster "
+        f"node_labels is {' '.join(f'{name}={value}' for name, value in wanted.items())}; no node of the cluster "
         f"has that, they have {own or 'no labels of their own'}"
     )
     if not os.environ.get("RAY_ADDRESS"):

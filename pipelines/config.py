@@ -15,6 +15,7 @@ from models.ema import check_std
 from models.network import NetworkConfig
 from models.samplers import SAMPLERS, Sampler, ddim
 from models.schedule import ScheduleConfig, Spacing
+from pipelines.cluster import node_labels
 from pipelines.errors import ConfigurationError, checked
 from pipelines.fit_config import FitConfig
 from pipelines.images import View
@@ -43,7 +44,8 @@ class DataConfig:
     """Images that are shuffled into each other, and that one task reads, in bytes as they are stored; rounded down to a
     power of two of batches, and at most 8192 images."""
     node_labels: tuple[str, ...] = ()
-    """Ray's labels, KEY=VALUE, of the nodes that read and decode, such as CPU-only ones; none: any node."""
+    """Ray's labels, KEY=VALUE, of the nodes that ingest, read and decode, such as CPU-only ones; none: any
+    node."""
     ingest: IngestConfig = field(default_factory=IngestConfig)
 
     def __post_init__(self) -> None:
@@ -57,14 +59,12 @@ class DataConfig:
             raise ConfigurationError(f"data.zoom is {self.zoom}; it must lie in 1..8: try 1.125")
         if self.window_bytes < 1:
             raise ConfigurationError(f"data.window_bytes is {self.window_bytes}; it must be at least 1: try 67108864")
-        for label in self.node_labels:
-            if not all(label.partition("=")):
-                raise ConfigurationError(f"data.node_labels has {label!r}; each must be KEY=VALUE, such as role=data")
+        self.wanted_labels  # noqa: B018  (it checks)
 
     @property
     def wanted_labels(self) -> dict[str, str]:
         """`node_labels` by key."""
-        return dict(label.split("=", 1) for label in self.node_labels)
+        return node_labels("data.node_labels", self.node_labels)
 
     def view(self, side: int, channels: Literal[1, 3]) -> View:
         """Return how training sees the pictures of a data set of this side (0: each has its own) and channels.

@@ -1,6 +1,7 @@
 """Pictures between the bytes of a file and uint8 arrays of shape [H, W, C]."""
 
 import io
+import re
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -124,7 +125,9 @@ def read_picture(data: bytes, channels: Literal[1, 3], side: int | None) -> Pixe
 
 
 def _bad(error: Exception) -> BadImageError:
-    return BadImageError(f"{type(error).__name__}: {error}".replace("\n", " "))
+    # Pillow names its file by the place in memory, which is another each time; what an ingest writes is not.
+    said = re.sub(r" <[^<>]+ object at 0x[0-9a-f]+>", "", str(error))
+    return BadImageError(f"{type(error).__name__}: {said}".replace("\n", " "))
 
 
 def _upright(data: bytes, mode: Mode, enough: int | None) -> Image.Image:

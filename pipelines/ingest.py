@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from pipelines.cluster import node_labels
 from pipelines.errors import DataError
 from pipelines.ingest_plan import IngestConfig, IngestPlan
 from pipelines.labels import sorted_labels
@@ -45,14 +46,29 @@ class IngestJob:
     """Folder or URL of PNG, JPEG or WebP files, of Parquet files that hold such, or of WebDataset tars."""
     out: str
     """Folder or URL for the data set."""
+    node_labels: tuple[str, ...] = ()
+    """Ray's labels, KEY=VALUE, of the nodes that do it, such as CPU-only ones; none: any node."""
     ingest: IngestConfig = field(default_factory=IngestConfig)
 
+    def __post_init__(self) -> None:
+        self.wanted_labels  # noqa: B018  (it checks)
 
-def ingest(plan: IngestPlan) -> Manifest:
+    @property
+    def wanted_labels(self) -> dict[str, str]:
+        """`node_labels` by key."""
+        return node_labels("node_labels", self.node_labels)
+
+
+def ingest(plan: IngestPlan, wanted_labels: dict[str, str] | None = None) -> Manifest:
     """Make the data set that is planned, or finish it, or find it finished.
 
+    Args:
+        plan: what is made of which files.
+        wanted_labels: labels that a node must have for the tasks to run there; any node if there are none.
+
     Raises:
-        ConfigurationError: if its folder holds an ingest of other files, or of another configuration.
+        ConfigurationError: if its folder holds an ingest of other files, or of another configuration; or if no node
+            has the labels, nor ever will.
         DataError: if there are too many bad images, or storage refuses.
     """
     out, source, before = plan.out, plan.source, retries()
@@ -62,32 +78,38 @@ def ingest(plan: IngestPlan) -> Manifest:
     plan.begin()
     twice: list[Duplicate] = []
     if plan.config.drop_duplicates:
-        do(_missing(plan, DIGESTS, {}), DigestPart(source, out), on_cluster=True)
-        digests = [json.loads(out.get(result(DIGESTS, number))) for number in range(plan.parts)]
+        do(_missing(plan, DIGESTS, {}), DigestPart(source, out), True, wanted_labels)
+        told = [json.loads(out.get(result(DIGESTS, number))) for number in range(plan.parts)]
+        lost = plan.behind({number for number, part in enumerate(told) if part["broken"]})
+        digests = [[] if number in lost else part["found"] for number, part in enumerate(told)]
         twice = find_duplicates(digests, by_path=source.kind == "files")
     dropped: dict[int, set[int]] = {}
     for duplicate in twice:
         dropped.setdefault(duplicate.part, set()).add(duplicate.place)
     # In place nothing is fetched: that is no work for a cluster.
     on_cluster = plan.config.encoding != "in-place"
-    do(_missing(plan, RECORDS, dropped), WritePart(source, out, plan.form), on_cluster)
+    do(_missing(plan, RECORDS, dropped), WritePart(source, out, plan.form), on_cluster, wanted_labels)
     manifest = _finish(plan, twice)
     if retries() > before:
         log.info("ingest: storage was asked again %d times so far", retries())
     return manifest
 
 
-def _missing(plan: IngestPlan, results: str, dropped: dict[int, set[int]]) -> list[Part]:
-    """Return the parts whose result is not there yet."""
+def _missing(plan: IngestPlan, results: str, dropped: dict[int, set[int]]) -> list[list[Part]]:
+    """Return the parts whose result is not there yet, in runs."""
     done = {f"{results}/{name}" for name in (plan.out / results).names()}
     missing = [number for number in range(plan.parts) if result(results, number) not in done]
     log.info("ingest: %d files in %d parts, %d still to do for %s", len(plan.files), plan.parts, len(missing), results)
-    return [plan.part(number, frozenset(dropped.get(number, ()))) for number in missing]
+    return [
+        [plan.part(number, frozenset(dropped.get(number, ()))) for number in numbers] for numbers in plan.runs(missing)
+    ]
 
 
 def _finish(plan: IngestPlan, twice: list[Duplicate]) -> Manifest:
     read = TypeAdapter(Record).validate_json
-    records = [read(plan.out.get(result(RECORDS, number))) for number in range(plan.parts)]
+    all_records = [read(plan.out.get(result(RECORDS, number))) for number in range(plan.parts)]
+    lost = plan.behind({number for number, record in enumerate(all_records) if record.broken})
+    records = [record for number, record in enumerate(all_records) if number not in lost]
     bad = [entry for record in records for entry in record.bad]
     shards = [shard for record in records for shard in record.shards]
     for name, lines in ((QUARANTINE, bad), (DUPLICATES, [{"path": d.path, "same_as": d.same_as} for d in twice])):
@@ -141,7 +163,7 @@ def _check_share(plan: IngestPlan, bad: list[dict[str, str]], good: int, broken:
 def ingest_job(job: IngestJob) -> dict[str, Any]:
     """Do what the job says; return where the data set is and what is in it."""
     before = retries()
-    manifest = ingest(IngestPlan.make(Folder(job.source), Folder(job.out), job.ingest))
+    manifest = ingest(IngestPlan.make(Folder(job.source), Folder(job.out), job.ingest), job.wanted_labels)
     return {
         "data": Folder(job.out).url,
         "images": manifest.rows,

@@ -1,15 +1,22 @@
 """What an ingest makes of which files: a function of the listing of the source and of the configuration.
 
-The source is listed once and cut into parts: image files, in a keyed order (so that neighbours in a shard are not of
-one folder) and a fixed number at a time; or one Parquet file or tar each, in its own order.
+The source is listed once and cut into parts, a shard each: image files, in a keyed order (so that neighbours in a shard
+are not of one folder); or rows of a Parquet file, in its own order. A part may be one of many of a large file.
+
+A tar is one part of as many shards as it fills, however large it is: it has no index. To find its members by walking
+from header to header takes a request for each, one after the other, which on an object store is slower than to read it
+all; and whoever makes tars cuts them into many.
 """
 
 import hashlib
 import json
 import os
+from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Literal
+from itertools import accumulate, groupby
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -18,8 +25,9 @@ from pipelines.errors import ConfigurationError
 from pipelines.images import Encoding
 from pipelines.labels import check_label_column, read_labels, sorted_labels, whose_labels
 from pipelines.manifest import NAME, Manifest
-from pipelines.parts import Form, Part, rows_for
+from pipelines.parts import ALL, Form, Part, rows_for
 from pipelines.permutation import permute
+from pipelines.shards import ahead
 from pipelines.sources import Source, kind_of, of_kind
 from pipelines.storage import Folder, Stored
 
@@ -106,6 +114,16 @@ class IngestConfig:
         )
 
 
+class Cut(NamedTuple):
+    """What a part is cut out of the source."""
+
+    files: slice
+    rows: range = ALL
+    share: float = 1.0
+    group: int = 0
+    """The row group of the file that it begins in."""
+
+
 @dataclass(frozen=True)
 class IngestPlan:
     """Which file goes into which part: a function of the listing and the configuration."""
@@ -178,20 +196,49 @@ class IngestPlan:
 
     @property
     def parts(self) -> int:
-        return -(-len(self.files) // self._files_per_part)
+        return len(self._cuts)
 
-    @property
-    def _files_per_part(self) -> int:
-        return self.form.shard_rows if self.source.kind == "files" else 1
+    @cached_property
+    def _cuts(self) -> list[Cut]:
+        """The parts. That takes the footer of each Parquet file."""
+        if self.source.kind == "parquet":
+            footers = enumerate(ahead(self.source.folder, self.source.group_rows, self.files))
+            return [cut for i, group_rows in footers for cut in _of_parquet(i, group_rows, self.form.shard_rows)]
+        together = self.form.shard_rows if self.source.kind == "files" else 1
+        return [Cut(slice(i, i + together)) for i in range(0, len(self.files), together)]
 
     def part(self, number: int, dropped: frozenset[int] = frozenset()) -> Part:
-        """Return what one task does."""
-        files = self.files[number * self._files_per_part : (number + 1) * self._files_per_part]
+        """Return what a part is."""
+        cut = self._cuts[number]
+        files = self.files[cut.files]
         if self.source.kind == "files":
-            listed = {file.name: self.listed[file.name] for file in files if file.name in self.listed}
+            paths = [file.name for file in files]
+        elif cut.rows == ALL:
+            paths = list(self._listed_in[files[0].name])
         else:
-            listed = self._listed_in[files[0].name]
-        return Part(number, files, listed, dropped)
+            paths = [f"{files[0].name}/{row}" for row in cut.rows]
+        listed = {path: self.listed[path] for path in paths if path in self.listed}
+        return Part(number, files, listed, dropped, cut.rows, cut.share)
+
+    def runs(self, numbers: list[int]) -> list[list[int]]:
+        """Return the parts with these numbers, rising, in runs that one task each does.
+
+        Those that begin in one row group are a run: it cannot be entered but at its beginning, and so it is read twice
+        at most, by the run that ends in it and the run that begins in it.
+        """
+
+        def begins(number: int) -> tuple[int, int]:
+            return self._cuts[number].files.start, self._cuts[number].group
+
+        return [list(run) for _, run in groupby(numbers, begins)]
+
+    def behind(self, broken: set[int]) -> set[int]:
+        """Return the parts that come after a broken one in the same file: whatever was made of them, they are lost.
+
+        One task for the whole file would have met the break before them, and the data set is to be the same.
+        """
+        first = {self._cuts[number].files.start: number for number in sorted(broken, reverse=True)}
+        return {number for number, cut in enumerate(self._cuts) if number > first.get(cut.files.start, number)}
 
     @cached_property
     def _listed_in(self) -> dict[str, dict[str, str]]:
@@ -237,6 +284,18 @@ class IngestPlan:
                 f"{self.out.url} holds an ingest of {earlier['source']} as it was, with the configuration of then; the "
                 "files or the ingest.* fields differ now: give another folder, or delete that one"
             )
+
+
+def _of_parquet(file: int, group_rows: list[int], shard_rows: int) -> Iterator[Cut]:
+    """Yield the parts of a Parquet file with these row groups; a broken one is a part that will say so."""
+    ends = list(accumulate(group_rows))
+    rows = ends[-1] if ends else 0
+    if rows <= shard_rows:
+        yield Cut(slice(file, file + 1))
+        return
+    for first in range(0, rows, shard_rows):
+        some = range(first, min(first + shard_rows, rows))
+        yield Cut(slice(file, file + 1), some, len(some) / rows, bisect_right(ends, first))
 
 
 def _check_apart(source: Folder, out: Folder) -> None:

@@ -1,18 +1,24 @@
-"""The tasks of an ingest: a part of the source to its shards and a record, or to the digests of its images."""
+"""The tasks of an ingest: parts of the source to their shards and a record each, or to the digests of their images.
+
+A task does a run of parts, in order: one, or several of one Parquet file that it reads in one go. How parts are dealt
+to tasks changes nothing in what is written of them.
+"""
 
 import hashlib
 import json
 import pickle
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import ray.data
 from numpy.typing import NDArray
 
-from pipelines.cluster import cluster
+from pipelines.cluster import check_node_labels, cluster
 from pipelines.images import BadImageError, Encoding, encode, read_picture
 from pipelines.progress import IngestProgress
 from pipelines.retries import count_elsewhere, retries
@@ -21,6 +27,8 @@ from pipelines.sources import Entry, Source
 from pipelines.storage import Folder, Stored
 
 RECORDS, DIGESTS = "records", "digests"
+ALL = range(sys.maxsize)
+"""The rows of a part that is not cut out of a file."""
 GROUP_BYTES, MAX_GROUP_ROWS = 1 << 20, 128
 SHARD_BYTES, MAX_SHARD_ROWS = 64 << 20, 8192
 """What a row group and a shard are made to hold, by an estimate, where their rows are not said."""
@@ -52,7 +60,7 @@ def result(folder: str, number: int) -> str:
 
 @dataclass(frozen=True)
 class Part:
-    """What one task does: some files of the source."""
+    """What has a result of its own: some files of the source, or some rows of one Parquet file."""
 
     number: int
     files: list[Stored]
@@ -60,14 +68,34 @@ class Part:
     """Labels by path, where these are listed."""
     dropped: frozenset[int] = frozenset()
     """The entries to leave out as duplicates, by their place in the part."""
+    rows: range = ALL
+    """Of the one Parquet file, those that are meant."""
+    share: float = 1.0
+    """Of the bytes of its files."""
 
     @property
     def size_bytes(self) -> int:
-        return sum(file.size_bytes for file in self.files)
+        return int(self.share * sum(file.size_bytes for file in self.files))
 
-    def row(self) -> dict[str, Any]:
-        """Return the part as a row of a Ray data set: names may be such as Arrow cannot hold."""
-        return {"part": pickle.dumps(self)}
+
+def as_row(run: list[Part]) -> dict[str, Any]:
+    """Return a run of parts as a row of a Ray data set: names may be such as Arrow cannot hold."""
+    return {"run": pickle.dumps(run)}
+
+
+def _entries(source: Source, run: list[Part]) -> Iterator[tuple[Part, Iterator[Entry]]]:
+    """Yield each part with its entries; rows that follow each other are read in one go.
+
+    Each row of a Parquet file is one entry, up to the one that says that the rest is lost; of a part behind that
+    nothing is left.
+    """
+    listed = {path: label for part in run for path, label in part.listed.items()}
+    at = None
+    for part in run:
+        if part.rows.start != at:
+            stream = source.entries(part.files, listed, part.rows.start)
+        yield part, islice(stream, len(part.rows))
+        at = part.rows.stop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,14 +112,20 @@ class Record:
 
 @dataclass(frozen=True)
 class WritePart:
-    """The task: a part to its shards and its record in storage."""
+    """The task: parts to their shards and their records in storage."""
 
     source: Source
     out: Folder
     form: Form
 
     def __call__(self, row: dict[str, bytes]) -> dict[str, int]:
-        part, before = pickle.loads(row["part"]), retries()
+        run, before = pickle.loads(row["run"]), retries()
+        records = [self._write(part, entries) for part, entries in _entries(self.source, run)]
+        images = sum(shard.rows for record in records for shard in record.shards)
+        bad = sum(len(record.bad) for record in records)
+        return {"part": run[0].number, "images": images, "bad": bad, "retries": retries() - before}
+
+    def _write(self, part: Part, entries: Iterator[Entry]) -> Record:
         form, labels, bad, broken = self.form, Counter[str](), list[dict[str, str]](), 0
         in_place = form.encoding == "in-place"
         writer = ShardWriter(
@@ -103,10 +137,7 @@ class WritePart:
             form.compression,
         )
         found: Iterator[tuple[Stored | None, Entry]]
-        if in_place:
-            found = self.source.listing(part.files, part.listed)
-        else:
-            found = ((None, entry) for entry in self.source.entries(part.files, part.listed))
+        found = self.source.listing(part.files, part.listed) if in_place else ((None, entry) for entry in entries)
         for i, (file, entry) in enumerate(found):
             if i in part.dropped:
                 continue
@@ -124,8 +155,7 @@ class WritePart:
                 labels.update([entry.label] if entry.label is not None else [])
         record = Record(shards=writer.close(), label_counts=dict(labels), bad=bad, broken=broken)
         self.out.put(result(RECORDS, part.number), json.dumps(asdict(record)).encode())
-        images = sum(shard.rows for shard in record.shards)
-        return {"part": part.number, "images": images, "bad": len(bad), "retries": retries() - before}
+        return record
 
     def _encoded(self, data: bytes) -> bytes:
         form = self.form
@@ -138,33 +168,53 @@ class WritePart:
 
 @dataclass(frozen=True)
 class DigestPart:
-    """The task: a part to the digests of its images in storage."""
+    """The task: parts to the digests of their images in storage."""
 
     source: Source
     out: Folder
 
     def __call__(self, row: dict[str, bytes]) -> dict[str, int]:
-        part, before = pickle.loads(row["part"]), retries()
-        found = [
-            (entry.path, hashlib.blake2b(entry.data, digest_size=16).hexdigest() if entry.data else "")
-            for entry in self.source.entries(part.files, part.listed)
-        ]
-        self.out.put(result(DIGESTS, part.number), json.dumps(found).encode())
-        return {"part": part.number, "images": len(found), "bad": 0, "retries": retries() - before}
+        run, before, images = pickle.loads(row["run"]), retries(), 0
+        for part, entries in _entries(self.source, run):
+            found, broken = list[tuple[str, str]](), False
+            for entry in entries:
+                digest = hashlib.blake2b(entry.data, digest_size=16).hexdigest() if entry.data else ""
+                found.append((entry.path, digest))
+                broken |= entry.rest_lost
+            self.out.put(result(DIGESTS, part.number), json.dumps({"found": found, "broken": broken}).encode())
+            images += len(found)
+        return {"part": run[0].number, "images": images, "bad": 0, "retries": retries() - before}
 
 
-def do(parts: list[Part], task: Callable[[dict[str, bytes]], dict[str, int]], on_cluster: bool) -> None:
-    """Do a task for each part, on the cluster or in this process, and say how far it is."""
-    progress = IngestProgress({part.number: part.size_bytes for part in parts})
-    rows: list[Any] = [part.row() for part in parts]
+def do(
+    runs: list[list[Part]],
+    task: Callable[[dict[str, bytes]], dict[str, int]],
+    on_cluster: bool,
+    wanted_labels: dict[str, str] | None = None,
+) -> None:
+    """Do a task for each run of parts, on the cluster or in this process, and say how far it is.
+
+    Args:
+        runs: each is named, in what the task returns, by the number of its first part.
+        task: from a run as a row to its count of images, bad ones and retries.
+        on_cluster: or in this process.
+        wanted_labels: labels that a node of the cluster must have for a task to run there.
+
+    Raises:
+        ConfigurationError: if no node has the labels, nor ever will.
+    """
+    progress = IngestProgress({run[0].number: sum(part.size_bytes for part in run) for run in runs})
+    rows: list[Any] = [as_row(run) for run in runs]
     if not on_cluster:
         for row in rows:
             told = task(row)
             del told["retries"]  # counted in this process already
             progress.update(**told)
     elif rows:
+        remote = {"label_selector": wanted_labels} if wanted_labels else {}
         with cluster():
-            for told in ray.data.from_items(rows, override_num_blocks=len(rows)).map(task).iter_rows():
+            check_node_labels(wanted_labels or {})
+            for told in ray.data.from_items(rows, override_num_blocks=len(rows)).map(task, **remote).iter_rows():
                 count_elsewhere(told.pop("retries"))
                 progress.update(**told)
 

@@ -8,9 +8,10 @@ stays. What storage has to say is raised: it is not the images' fault.
 import io
 import json
 import tarfile
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import PurePosixPath
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -99,10 +100,19 @@ class Source:
     image_column: str
     label_column: str
 
-    def entries(self, files: list[Stored], listed: dict[str, str]) -> Iterator[Entry]:
-        """Yield the images of files, in order. ``listed`` has labels by path, if the labels are listed."""
-        read = {"files": self._of_files, "parquet": self._of_parquets, "tar": self._of_tars}[self.kind]
-        for entry in read(files):
+    def entries(self, files: list[Stored], listed: dict[str, str], first: int = 0) -> Iterator[Entry]:
+        """Yield the images of files, in order.
+
+        Args:
+            files: the files.
+            listed: labels by path, if the labels are listed.
+            first: the row to begin at, of one Parquet file. Its row group is read from its beginning.
+        """
+        if self.kind == "parquet":
+            found = self._of_parquets(files, first)
+        else:
+            found = self._of_files(files) if self.kind == "files" else self._of_tars(files)
+        for entry in found:
             yield self._judged(entry, listed)
 
     def listing(self, files: list[Stored], listed: dict[str, str]) -> Iterator[tuple[Stored, Entry]]:
@@ -138,10 +148,11 @@ class Source:
         reason = "" if file.size_bytes <= MAX_FILE_BYTES else _too_large(file.size_bytes)
         return Entry(file.name, data, PurePosixPath(file.name).parent.name or None, reason)
 
-    def _of_parquets(self, files: list[Stored]) -> Iterator[Entry]:
+    def _of_parquets(self, files: list[Stored], first: int) -> Iterator[Entry]:
+        assert not first or len(files) == 1, files
         for file in files:
             try:
-                yield from self._of_parquet(file)
+                yield from self._of_parquet(file, first)
             except (OSError, ValueError, KeyError) as error:  # of Arrow: storage has errors of its own
                 yield _broken(file, error)
 
@@ -152,11 +163,18 @@ class Source:
         except (OSError, ValueError, KeyError):
             return []
 
+    def group_rows(self, file: Stored) -> list[int]:
+        """Return the rows of each row group of a Parquet file; of a broken one there are none."""
+        try:
+            return _group_rows(self._opened(file))
+        except (OSError, ValueError, KeyError):
+            return []
+
     def _opened(self, file: Stored) -> Any:
         raw = Ranges(self.folder, file.name, file.size_bytes)
         return pq.ParquetFile(raw, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
 
-    def _of_parquet(self, file: Stored) -> Iterator[Entry]:
+    def _of_parquet(self, file: Stored, first: int) -> Iterator[Entry]:
         parquet = self._opened(file)
         schema = parquet.schema_arrow
         if self.image_column not in schema.names:
@@ -172,16 +190,22 @@ class Source:
         if labelled := self.labels == "own" and self.label_column in schema.names:
             columns.append(self.label_column)
         names = _class_names(schema, self.label_column)
-        row = 0
+        ends = list(accumulate(_group_rows(parquet)))
+        begin = bisect_right(ends, first)
+        row = ends[begin - 1] if begin else 0
         for batch in chain.from_iterable(
             parquet.iter_batches(batch_size=16, row_groups=[group], columns=columns, use_threads=False)
-            for group in range(parquet.num_row_groups)
+            for group in range(begin, len(ends))
         ):
+            if row + len(batch) <= first:
+                row += len(batch)
+                continue
             images = batch.column(self.image_column)
             images = images.field("bytes") if inner else images
             labels = batch.column(self.label_column).to_pylist() if labelled else [None] * len(batch)
             for data, label in zip(images, labels, strict=True):
-                yield Entry(f"{file.name}/{row}", data.as_py() or b"", _class_name(label, names))
+                if row >= first:
+                    yield Entry(f"{file.name}/{row}", data.as_py() or b"", _class_name(label, names))
                 row += 1
 
     def _of_tars(self, files: list[Stored]) -> Iterator[Entry]:
@@ -256,6 +280,10 @@ def _is_text(name: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _group_rows(parquet: Any) -> list[int]:
+    return [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
 
 
 def _is_bytes(kind: Any) -> bool:

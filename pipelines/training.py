@@ -59,7 +59,7 @@ def train(job: TrainJob) -> dict[str, Any]:
     with ExitStack() as stack:
         if isinstance(found, IngestPlan) and not found.complete:
             stack.enter_context(cluster())  # one for all that follows
-        manifest = ingest(found) if isinstance(found, IngestPlan) else found
+        manifest = ingest(found, job.data.wanted_labels) if isinstance(found, IngestPlan) else found
         check_labels(job, manifest.labels)  # of tars and of Parquet files only reading tells them
         summary = _train_on(job, data, manifest)
     summary["seconds"] = round(time.perf_counter() - began, 1)

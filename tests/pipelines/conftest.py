@@ -22,4 +22,4 @@ def tiny_fit() -> FitConfig:
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the tasks of an ingest run in this process: what they do is the same, and Ray need not start."""
-    monkeypatch.setattr(ingest, "do", lambda parts, task, on_cluster: do(parts, task, False))
+    monkeypatch.setattr(ingest, "do", lambda runs, task, *_: do(runs, task, False))

@@ -24,7 +24,7 @@ from pipelines.images import View, encode
 from pipelines.ingest import IngestJob, dry_run, ingest, ingest_job
 from pipelines.ingest_plan import IngestConfig, IngestPlan
 from pipelines.manifest import Manifest
-from pipelines.parts import DigestPart, Part, WritePart, do, find_duplicates, rows_for
+from pipelines.parts import DigestPart, Part, WritePart, as_row, do, find_duplicates, rows_for
 from pipelines.retries import retries
 from pipelines.storage import Folder, Stored
 
@@ -64,7 +64,7 @@ def add(file: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def write(plan: IngestPlan, part: int) -> None:
-    WritePart(plan.source, plan.out, plan.form)(plan.part(part).row())
+    WritePart(plan.source, plan.out, plan.form)(as_row([plan.part(part)]))
 
 
 def times(folder: Folder) -> dict[str, int]:
@@ -103,13 +103,13 @@ def test_the_digits_come_through_whole(raw: Folder, folder: Folder, digits: Digi
 @pytest.mark.ray
 def test_what_other_processes_asked_again_is_summed(ray_cluster: None) -> None:
     def task(row: dict[str, bytes]) -> dict[str, int]:
-        return {"part": pickle.loads(row["part"]).number, "images": 1, "bad": 0, "retries": 3}
+        return {"part": pickle.loads(row["run"])[0].number, "images": 1, "bad": 0, "retries": 3}
 
-    parts = [Part(number, [Stored(f"{number}.png", 1, "")], {}) for number in range(4)]
+    runs = [[Part(number, [Stored(f"{number}.png", 1, "")], {})] for number in range(4)]
     before = retries()
-    do(parts, task, on_cluster=True)
+    do(runs, task, on_cluster=True)
     assert retries() - before == 12
-    do(parts, task, on_cluster=False)
+    do(runs, task, on_cluster=False)
     assert retries() - before == 12, "this process counts its own where they are made"
 
 
@@ -121,7 +121,7 @@ def test_an_ingest_that_is_killed_goes_on_to_the_same_bytes(tars: Folder, tmp_pa
              "--ingest.shard-rows=500"]  # fmt: skip
     out, whole = (IngestPlan.make(tars, Folder(str(tmp_path / name)), config) for name in ("out", "whole"))
     for part in (1, 7):
-        DigestPart(out.source, out.out)(out.part(part).row())
+        DigestPart(out.source, out.out)(as_row([out.part(part)]))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     process = subprocess.Popen(
         [sys.executable, "jobs/ingest.py", "--source", tars.url, "--out", out.out.url, *flags],

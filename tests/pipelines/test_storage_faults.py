@@ -15,7 +15,7 @@ from pipelines.errors import TryAgainError
 from pipelines.images import encode
 from pipelines.ingest import IngestJob, ingest_job
 from pipelines.ingest_plan import IngestConfig, IngestPlan
-from pipelines.parts import DigestPart, WritePart
+from pipelines.parts import DigestPart, WritePart, as_row
 from pipelines.retries import retries
 from pipelines.storage import Folder
 from tests.faults.proxy import Fault, FaultProxy, Rule
@@ -243,8 +243,8 @@ def test_an_ingest_reports_what_was_asked_again(
     plan = IngestPlan.make(source, folder / "part", config)
     for task in (WritePart(plan.source, plan.out, plan.form), DigestPart(plan.source, plan.out)):
         proxy.rules, before = [Rule("503", first=1)], proxy.injected.total()
-        assert task(plan.part(0).row())["retries"] == proxy.injected.total() - before > 0
-        assert task(plan.part(0).row())["retries"] == 0
+        assert task(as_row([plan.part(0)]))["retries"] == proxy.injected.total() - before > 0
+        assert task(as_row([plan.part(0)]))["retries"] == 0
 
     proxy.rules, before = [Rule("503", first=1)], proxy.injected.total()
     with caplog.at_level(logging.INFO, "brickyard.ingest"):
