@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from models.ema import check_std
 from models.network import NetworkConfig
+from models.parallelize import ParallelConfig
 from models.samplers import SAMPLERS, Sampler, ddim
 from models.schedule import ScheduleConfig, Spacing
 from pipelines.cluster import node_labels
@@ -185,6 +186,7 @@ class TrainJob:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     fit: FitConfig = field(default_factory=FitConfig)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     evaluate_images: int = 0
     """Samples to draw and to score at the end; 0 for none."""
@@ -209,6 +211,7 @@ class TrainJob:
         self.fit.check_workers(self.scaling.workers)
         check_steps(self.draw, self.schedule)
         with checked():
+            self.parallel.check_workers(self.scaling.workers)
             self.fit.objective.check_schedule(self.schedule.zero_terminal_snr)
             self.fit.timesteps.check_schedule(self.schedule.tables())
         if self.draw.ema_std and not self.fit.ema.power_stds:

@@ -19,7 +19,7 @@ from models.ema import EMA
 from models.network import EpsNetwork
 from models.noise import normal, words
 from models.objective import Network, ObjectiveConfig, as_eps, training_loss
-from models.parallelize import accumulating, clip_gradients
+from models.parallelize import accumulating, clip_gradient
 from models.samplers import dpm_solver, guided, sample
 from models.schedule import Schedule
 from models.timesteps import Timesteps
@@ -157,7 +157,7 @@ def fit(  # noqa: PLR0912, PLR0915  (the one long story)
                 losses_of_step.index_add_(1, band, torch.stack([weight * losses.detach(), weight]).to(dtype))
 
         # One step of the optimizer, agreed on by all ranks: after the reduction the norm is the same on each.
-        norm = clip_gradients(model, config.clip_norm)
+        norm = float(clip_gradient(model, config.clip_norm))
         if math.isfinite(norm):
             optimizer.step()
             state.losses += losses_of_step

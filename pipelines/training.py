@@ -136,6 +136,14 @@ def _train(job: TrainJob, data: Folder, manifest: Manifest, about: Checkpoint, t
         return {"trained_images": 0}
     position = found[1].position if found else 0
     log.info("starting %d workers at %d images", job.scaling.workers, position)
+    if idle := job.fit.idle_share(job.scaling.workers):
+        log.warning(
+            "%d workers share out %d micro-batches of each global batch: they wait %.0f %% of their time; a number of "
+            "workers that divides them, or a smaller fit.micro_images, would not",
+            job.scaling.workers,
+            job.fit.micro_batches,
+            100 * idle,
+        )
     return {"trained_images": job.fit.images - position, **run_workers(job, data, manifest, about, tracker)}
 
 
@@ -205,7 +213,8 @@ def identity(job: TrainJob, manifest: Manifest) -> dict[str, Any]:
     """Return what makes a run the run that it is. The rest (length, workers, reports …) may change between starts."""
     everything = flatten(to_dict(job))
     may_change = ("name", "root", "fit.images", "fit.micro_images", "fit.log_images", "fit.checkpoint_images",
-                  "fit.grid_images", "evaluate_images", "keep_checkpoints")  # fmt: skip
+                  "fit.grid_images", "evaluate_images", "keep_checkpoints", "parallel.strategy", "parallel.shards",
+                  "parallel.checkpoint_activations", "parallel.compile")  # fmt: skip
     groups = ("data.url", "data.builtin", "data.ingest.", "data.node_labels", "scaling.", "tracking.", "draw.")
     kept = {k: v for k, v in everything.items() if k not in may_change and not k.startswith(groups)}
     return kept | {"data digest": manifest.digest}

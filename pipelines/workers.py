@@ -25,8 +25,8 @@ from ray.train.torch import TorchTrainer, get_device
 from ray.util.queue import Full, Queue
 from torch import Tensor
 
-from models.init import empty, initialize
 from models.network import build
+from models.parallelize import construct
 from pipelines import checkpoints, snapshots
 from pipelines.checkpoints import Checkpoint
 from pipelines.cluster import check_node_labels
@@ -126,11 +126,12 @@ def train_worker(task: TrainTask) -> None:
     context = ray.train.get_context()
     world = World(context.get_world_rank(), context.get_world_size(), get_device())
     side, _, channels = task.view.shape
-    model = empty(lambda: build(job.network, channels, side, len(task.manifest.labels)))
-    initialize(model, job.seed)  # weights: 1. a function of the seed …
-    model = model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    # Weights: 1. a function of the seed …
+    model, parallel = construct(
+        lambda: build(job.network, channels, side, len(task.manifest.labels)), job.seed, job.parallel, world.device
+    )
     schedule = job.schedule.tables()
-    state = new_state(model, job.fit, schedule)
+    state = new_state(model, job.fit, schedule, parallel)
     found = [checkpoints.newest(job.run) if world.rank == 0 else None]
     if world.size > 1:
         dist.broadcast_object_list(found)

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from models.ema import EMAConfig
-from models.init import initialize
 from models.objective import ObjectiveConfig
-from models.parallelize import parallelize
+from models.parallelize import ParallelConfig, construct
 from models.schedule import Schedule, article
 from models.timesteps import TimestepConfig
 from models.unet import UNet, UNetConfig
@@ -20,7 +19,6 @@ from pipelines.fit_config import FitConfig
 from pipelines.parts import DigestPart, WritePart
 from pipelines.plan import Plan
 from pipelines.stream import Batch, ReadWindow
-from pipelines.world import World
 
 CPU = torch.device("cpu")
 
@@ -67,12 +65,14 @@ def tiny_state(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     variant: Variant = VARIANTS["plain"],
-    world: World | None = None,
+    how: ParallelConfig = ParallelConfig(),  # noqa: B008  (frozen)
 ) -> State:
-    model = UNet(TINY, image_channels=1, side=8, classes=variant.classes)
-    initialize(model, seed)
-    model = model.to(dtype).to(memory_format=torch.channels_last)
-    parallel = parallelize(model, "ddp", CPU) if world and world.size > 1 else model
+    """The state at position 0 of this worker; of all workers of the default group, if there is one."""
+
+    def make() -> UNet:
+        return UNet(TINY, image_channels=1, side=8, classes=variant.classes).to(dtype)
+
+    model, parallel = construct(make, seed, how, CPU)
     return new_state(model, config, variant.schedule, parallel)
 
 

@@ -1,7 +1,6 @@
 """The loop with every loss, target, way to draw t, and with labels: it learns, and stays a function of positions."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +14,6 @@ from pipelines.fit_config import FitConfig
 from pipelines.storage import Folder
 from pipelines.world import World
 from tests.pipelines.helpers import ABOUT, VARIANTS, Ear, micro_batches, tiny_state
-from tests.pipelines.test_fit import start_workers
 
 Digits = tuple[np.ndarray, np.ndarray]
 LOSS_AWARE = VARIANTS["loss-aware"]
@@ -87,24 +85,6 @@ def test_a_run_that_is_steered_by_its_losses_goes_on_bit_for_bit(digits: Digits,
         assert mine.keys() == theirs.keys() and len(mine)
         for name in mine:
             assert torch.equal(mine[name], theirs[name]), name
-
-
-def test_two_workers_draw_and_learn_the_same(digits: Digits, tmp_path: Path) -> None:
-    """Labels, their dropout, and t that depends on the losses: as one worker does it, in float64."""
-    config = LOSS_AWARE.fit
-    alone = tiny_state(config, dtype=torch.float64, variant=LOSS_AWARE)
-    fit(config, alone, LOSS_AWARE.schedule, 0, micro_batches(digits[0], config), Ear())
-    np.save(tmp_path / "pixels.npy", digits[0])
-    start_workers(tmp_path, 2, stop=384, variant="loss-aware")
-    for rank in range(2):
-        together = torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True)
-        assert torch.equal(together["timesteps"]["seen"], alone.timesteps.state["seen"])
-        moments = together["timesteps"]["second_moment"]
-        assert torch.allclose(moments, alone.timesteps.state["second_moment"], rtol=0, atol=1e-8)
-        for name, p in alone.model.named_parameters():
-            assert torch.allclose(together["model"][name], p, rtol=0, atol=1e-9), name
-            power = together["ema_power"]["0.1"][name]
-            assert torch.allclose(power, alone.ema.power["0.1"][name], rtol=0, atol=1e-9), name
 
 
 def test_a_label_is_dropped_or_not_by_its_position(tiny_fit: FitConfig) -> None:
