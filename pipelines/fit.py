@@ -14,12 +14,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from models.ema import EMA
 from models.network import EpsNetwork
 from models.noise import normal, words
 from models.objective import Network, ObjectiveConfig, as_eps, training_loss
-from models.parallelize import parallelize
 from models.samplers import dpm_solver, guided, sample
 from models.schedule import Schedule
 from models.timesteps import Timesteps
@@ -96,7 +96,7 @@ def fit(
     world = world or World()
     model, optimizer, T = state.model, state.optimizer, schedule.steps
     tables = schedule.to(world.device)
-    parallel = parallelize(model, "ddp" if world.size > 1 else "single", world.device)
+    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else model
     accumulation = config.batch_images // (config.micro_images * world.size)
     dtype = next(model.parameters()).dtype
     sums = torch.zeros(2, BANDS, dtype=dtype, device=world.device)  # loss and weight of each band since the last report
