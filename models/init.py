@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from models.noise import normal, words
 
@@ -32,14 +33,19 @@ def initialize(model: nn.Module, seed: int) -> None:
     Convolutions and linear layers: uniform in ±1/√fan_in, torch's own default. Normalisations: scale 1, shift 0.
     Embeddings: N(0, 0.02²). A layer can ask for something else: ``starts_at_zero`` for zero, ``first_weights`` for
     ``xavier``, uniform in ±√(6/(fan_in + fan_out)), or ``normal``, N(0, 0.02²), both with a bias of zero.
-    Names are part of the key: this comes before any wrapper.
+    Names are part of the key: this comes before any wrapper that changes them. Of a sharded parameter the whole is
+    drawn, one at a time, and this worker keeps its part of it; nothing is sent.
 
     Raises:
         TypeError: for a module with parameters of its own of a kind that is not listed above.
     """
     for name, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
-            parameter.copy_(_first(_rule(module, name), module, leaf, seed, f"{name}.{leaf}"))
+            whole = _first(_rule(module, name), module, leaf, seed, f"{name}.{leaf}")
+            if isinstance(parameter, DTensor):
+                whole = whole.to(parameter.device)
+                whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.copy_(whole)
 
 
 def _rule(module: nn.Module, name: str) -> str:
@@ -55,9 +61,10 @@ def _rule(module: nn.Module, name: str) -> str:
 
 
 def _first(rule: str, module: Any, leaf: str, seed: int, name: str) -> Tensor:
-    shape, weight = getattr(module, leaf).shape, module.weight
+    shape, weight = getattr(module, leaf).shape, module.weight.shape
+    fan_in = weight[1:].numel()
     if rule == "torch":
-        return _uniform(seed, name, shape, 1 / math.sqrt(weight[0].numel()))
+        return _uniform(seed, name, shape, 1 / math.sqrt(fan_in))
     if rule == "zero" or leaf == "bias":
         return torch.zeros(shape)
     if rule == "identity":
@@ -65,7 +72,7 @@ def _first(rule: str, module: Any, leaf: str, seed: int, name: str) -> Tensor:
     if rule == "normal":
         return normal(seed, f"init {name}", torch.zeros(1, dtype=torch.long), tuple(shape))[0].mul_(0.02)
     assert rule == "xavier", rule
-    return _uniform(seed, name, shape, math.sqrt(6 / (weight[0].numel() + weight[:, 0].numel())))
+    return _uniform(seed, name, shape, math.sqrt(6 / (fan_in + weight[0] * weight[2:].numel())))
 
 
 def _uniform(seed: int, name: str, shape: torch.Size, bound: float) -> Tensor:
