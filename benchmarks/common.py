@@ -25,6 +25,7 @@ class MicroBatch(NamedTuple):
     image: NDArray[np.uint8]
     replaced: int = 0
     retried: int = 0
+    counted: bool = True
 
 
 @functools.cache

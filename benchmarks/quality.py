@@ -47,7 +47,7 @@ from models.network import build
 from models.objective import EpsTheta
 from models.samplers import dpm_solver, sample
 from models.schedule import article
-from pipelines.fit import State, fit, new_state, pixels_to_x_0, x_0_to_pixels
+from pipelines.fit import Listener, State, fit, new_state, pixels_to_x_0, x_0_to_pixels
 from pipelines.fit_config import FitConfig
 from pipelines.images import encode
 from pipelines.pictures import contact_sheet
@@ -177,11 +177,9 @@ def train_ours(settings: Settings) -> None:
     model = model.to(memory_format=torch.channels_last)
     examiner = Examiner(settings, "ours", schedule.alpha_bar, model)
 
-    class Listener:
+    class Marks(Listener):
         def report(self, metrics: dict[str, float], position: int) -> None:
             examiner.hear(position, metrics["loss"])
-
-        def picture(self, pixels: Tensor, position: int) -> None: ...
 
         def checkpoint(self, state: State) -> None:
             if state.position in settings.marks:
@@ -193,7 +191,7 @@ def train_ours(settings: Settings) -> None:
                     )
 
     batches = micro_batches(pixels, config, settings.seed)
-    fit(config, new_state(model, config, schedule), schedule, settings.seed, batches, Listener())
+    fit(config, new_state(model, config, schedule), schedule, settings.seed, batches, Marks())
 
 
 def train_diffusers(settings: Settings) -> None:

@@ -87,7 +87,9 @@ def held(tensors: list[Tensor]) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def work(rank: int, workers: int, strategy: Strategy, settings: Settings, folder: str, out: "SimpleQueue[Told]") -> None:
+def work(
+    rank: int, workers: int, strategy: Strategy, settings: Settings, folder: str, out: "SimpleQueue[Told]"
+) -> None:
     """Be one of the workers."""
     torch.set_num_threads(1)
     device = torch.device("cuda", rank) if torch.cuda.device_count() >= workers else torch.device("cpu")

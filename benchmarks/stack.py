@@ -28,14 +28,14 @@ from pathlib import Path
 
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.common import digits, micro_batches, spread
 from jobs.presets import DIGITS
 from models.init import initialize
 from models.network import build
 from models.schedule import article
-from pipelines.fit import State, fit, new_state, pixels_to_x_0
+from pipelines.fit import Listener, fit, new_state, pixels_to_x_0
 
 REPORT = 3_200
 """Images between two of A's reports; also B's warm-up."""
@@ -90,12 +90,12 @@ def alone(settings: Settings) -> float:
     config = replace(DIGITS.fit, images=images, log_images=REPORT, checkpoint_images=images, grid_images=images)
     model = build(DIGITS.network, image_channels=1, side=8)
     initialize(model, 0)
-    state, listener = new_state(model.to(memory_format=torch.channels_last), config, article()), Listener()
+    state, listener = new_state(model.to(memory_format=torch.channels_last), config, article()), Speeds()
     fit(config, state, article(), 0, micro_batches(digits(), config, 0), listener)
     return steady(listener.speeds)
 
 
-class Listener:
+class Speeds(Listener):
     """Keeps the reports of F."""
 
     def __init__(self) -> None:
@@ -103,9 +103,6 @@ class Listener:
 
     def report(self, metrics: dict[str, float], position: int) -> None:
         self.speeds.append(metrics["images_per_s"])
-
-    def picture(self, pixels: Tensor, position: int) -> None: ...
-    def checkpoint(self, state: State) -> None: ...
 
 
 def steady(speeds: list[float]) -> float:

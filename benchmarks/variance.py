@@ -52,7 +52,7 @@ from models.noise import words
 from models.objective import EpsTheta, reduced_loss, two_noise_loss
 from models.schedule import Schedule, article
 from models.timesteps import Kind, TimestepConfig, Timesteps
-from pipelines.fit import State, fit, new_state, noise_like, pixels_to_x_0
+from pipelines.fit import Listener, State, fit, new_state, noise_like, pixels_to_x_0
 
 B, RESAMPLES = DIGITS.fit.batch_images, 2000
 LEARNED_IMAGES = 51_200
@@ -248,18 +248,16 @@ def train(marks: tuple[int, ...], seed: int, at_mark: Callable[[State], None]) -
     initialize(network, seed)
     schedule = article()
 
-    class Listener:
+    class Marks(Listener):
         def report(self, metrics: dict[str, float], position: int) -> None:
             print(f"{position:8,} images, loss {metrics['loss']:.4f}", flush=True)
-
-        def picture(self, pixels: Tensor, position: int) -> None: ...
 
         def checkpoint(self, state: State) -> None:
             if state.position in marks:
                 at_mark(state)
 
     state = new_state(network.to(memory_format=torch.channels_last), config, schedule)
-    fit(config, state, schedule, seed, micro_batches(digits(), config, seed), Listener())
+    fit(config, state, schedule, seed, micro_batches(digits(), config, seed), Marks())
 
 
 def plot(rows: list[Row], path: Path) -> None:

@@ -391,7 +391,10 @@ def test_who_shares_a_copy():
         ({"strategy": "pipeline"}, "parallel.strategy is 'pipeline'; it must be one of ddp, fsdp, hybrid"),
         ({"precision": "float16"}, "parallel.precision is 'float16'; it must be one of float32, bfloat16"),
         ({"strategy": "hybrid"}, "parallel.shards is 1 and parallel.strategy hybrid; at least 2 .* try 2, or"),
-        ({"strategy": "fsdp", "shards": 2}, "parallel.shards is 2 and parallel.strategy fsdp; only hybrid .* take 1, or"),
+        (
+            {"strategy": "fsdp", "shards": 2},
+            "parallel.shards is 2 and parallel.strategy fsdp; only hybrid .* take 1, or",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_named(settings, message):
