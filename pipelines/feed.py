@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -52,11 +53,12 @@ class Feed:
     def _send(self, batch: Any) -> OnDevice:
         self.replaced += batch.replaced
         self.retried += batch.retried
-        # Copies: what Ray Data hands out is read-only.
-        own = (torch.from_numpy(np.array(values)) for values in (batch.position, batch.label, batch.image))
-        if self._device.type == "cuda":
-            own = (tensor.pin_memory().to(self._device, non_blocking=True) for tensor in own)
-        return OnDevice(*own, counted=batch.counted)
+        position, label, image = (self._moved(column) for column in (batch.position, batch.label, batch.image))
+        return OnDevice(position, label, image, batch.counted)
+
+    def _moved(self, values: NDArray[Any]) -> Tensor:
+        own = torch.from_numpy(np.array(values))  # a copy: what Ray Data hands out is read-only
+        return own.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else own
 
     def _ahead(self) -> Iterator[OnDevice]:
         beside: Any = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
