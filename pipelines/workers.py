@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import pyarrow.fs
 import ray
@@ -21,7 +21,7 @@ import ray.train
 import torch
 import torch.distributed as dist
 from ray.train import DataConfig as RayDataConfig
-from ray.train import FailureConfig, LoggingConfig, RunConfig
+from ray.train import FailureConfig, LoggingConfig, RunConfig, UserCallback
 from ray.train import ScalingConfig as RayScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 from ray.util.queue import Empty, Full, Queue
@@ -33,7 +33,7 @@ from pipelines import checkpoints, snapshots
 from pipelines.checkpoints import Checkpoint
 from pipelines.cluster import check_node_labels
 from pipelines.config import TrainJob
-from pipelines.errors import ConfigurationError, DataError, TryAgainError
+from pipelines.errors import DataError, TryAgainError, ours
 from pipelines.fit import DivergedError, State, fit, new_state, x_0_to_pixels
 from pipelines.images import View
 from pipelines.manifest import Manifest
@@ -236,6 +236,7 @@ def _run_ray_train(job: TrainJob, task: TrainTask) -> None:
             storage_path=folder.path(),
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=job.scaling.max_failures),
+            callbacks=[NotAgain()],
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
         datasets={"train": task.open},
@@ -247,10 +248,8 @@ def _run_ray_train(job: TrainJob, task: TrainTask) -> None:
     except SystemExit as error:  # Ray Train's answer to Ctrl-C, with the exit code 0
         raise KeyboardInterrupt from error
     except ray.train.TrainingFailedError as error:
-        failures = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
-        for failure in [getattr(f, "cause", None) or f for f in failures]:
-            if isinstance(failure, ConfigurationError | DataError | TryAgainError):
-                raise failure from error
+        if told := ours(getattr(error, "controller_failure", None)):
+            raise told from error
         raise TryAgainError(
             f"training stopped: {error}; run the same command to go on from the newest checkpoint"
         ) from error
@@ -260,6 +259,14 @@ def _run_ray_train(job: TrainJob, task: TrainTask) -> None:
             (folder / name).delete()
         except (DataError, TryAgainError) as error:
             log.warning("what Ray Train kept of its own stays: %s", error)
+
+
+class NotAgain(UserCallback):  # type: ignore[misc]
+    """Ends the run at an error of ours, which workers that start again would only meet again. (controller)"""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        for told in filter(None, map(ours, worker_exceptions.values())):
+            raise told  # Ray Train answers an error in here with the end
 
 
 class Record:
