@@ -161,8 +161,9 @@ def test_what_workers_are_handed_is_the_plan_across_a_kill_and_other_numbers_of_
     out.mkdir()
     flags = ["digits", "--evaluate-images=0", "--tracking.uri=none", "--fit.micro-images=32",
              "--fit.log-images=640", "--fit.checkpoint-images=640", "--data.window-bytes=16384"]  # fmt: skip
-    finish(start(tmp_path, "-m", "tests.jobs.recorded", str(out), "1000", *flags, "--fit.images=1920",
-                 f"--root={tmp_path}", "--then", *flags, "--fit.images=2560", "--scaling.workers=1"), lines=2)  # fmt: skip
+    first = [*flags, "--fit.images=1920", f"--root={tmp_path}"]
+    then = [*flags, "--fit.images=2560", "--scaling.workers=1"]
+    finish(start(tmp_path, "-m", "tests.jobs.recorded", str(out), "1000", *first, "--then", *then), lines=2)
     attempts = recorded.written(out)
     assert [(at, attempt.world) for at, attempt in attempts.items()] == [(0, 2), (640, 2), (1920, 1)]
 
