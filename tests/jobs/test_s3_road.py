@@ -133,7 +133,7 @@ def test_raw_files_train_where_they_are_and_credentials_expire(
     assert error.endswith(way_out) and "workers train" not in err
     # In the middle of the stream, and again of a checkpoint. The workers are not started once more to meet the same.
     for read_or_write in (
-        Rule("expired", method="GET", path=r"/raw/\d/.*png", after=3000, status=403),
+        Rule("expired", method="GET", path=r"/raw/\d/.*png", after=500, status=403),
         Rule("expired", method="PUT", path=f"/{checkpoints.folder_name(1280)}/"),
     ):
         error, err = expire(train, proxy, read_or_write)
