@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeVar
 
 import tyro
 
-from pipelines.errors import ConfigurationError, DataError, TryAgainError
+from pipelines.errors import ConfigurationError, DataError, TryAgainError, ours
 from pipelines.invocation import Invocation
 from pipelines.plain import file_as_flags, to_yaml
 
@@ -113,7 +113,7 @@ def run(
     except Exception as error:
         code, told = _judge(error)
         outcome = {"error": str(told)}
-        log.error("%s", told, exc_info=error if code == FAILED else None)
+        log.error("%s", told, exc_info=None if ours(error) else error)
     finally:
         log.removeHandler(handler)
     print(json.dumps({**outcome, "exit_code": code}), flush=True)
@@ -122,13 +122,10 @@ def run(
 
 def _judge(error: BaseException) -> tuple[int, BaseException]:
     """Find what went wrong behind what Ray made of it, and the exit code that belongs to it."""
-    seen: BaseException | None = error
-    while seen is not None:
-        for kind, code in _CODES:
-            if isinstance(seen, kind):
-                return code, getattr(seen, "cause", None) or seen
-        seen = getattr(seen, "cause", None) or seen.__cause__
-    return FAILED, error
+    told = ours(error)
+    if told is None:
+        return FAILED, error
+    return next((code for kind, code in _CODES if isinstance(told, kind)), FAILED), told
 
 
 @contextlib.contextmanager

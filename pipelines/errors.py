@@ -2,13 +2,30 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
-class ConfigurationError(ValueError):
+class BrickyardError(Exception):
+    """An error that says what to do about it; to do the same again at once would only meet it again.
+
+    Its words stay as they are: Ray Data adds its own, about retries, to the arguments of what it passes on.
+    """
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """What it was made of."""
+        return BaseException.args.__get__(self)  # type: ignore[attr-defined, no-any-return]
+
+    @args.setter
+    def args(self, others: tuple[Any, ...]) -> None:
+        pass
+
+
+class ConfigurationError(BrickyardError, ValueError):
     """What was asked for cannot be: exit 2. The message names the field, the value, the rule and the way out."""
 
 
-class DataError(Exception):
+class DataError(BrickyardError):
     """Data or storage cannot be used as they are: exit 3."""
 
 
@@ -19,8 +36,18 @@ class DamagedError(DataError):
 CHANGED = "is not the object that was listed: it has changed since; list the source again, as another data set"
 
 
-class TryAgainError(Exception):
+class TryAgainError(BrickyardError):
     """Something outside failed that may be well later; the same command continues: exit 75 (EX_TEMPFAIL)."""
+
+
+def ours(error: BaseException | None) -> BrickyardError | None:
+    """Return the error of ours that is behind what Ray made of it, or None."""
+    while error is not None:
+        inside = getattr(error, "cause", None)
+        if inside is None and isinstance(error, BrickyardError):
+            return error
+        error = inside or error.__cause__
+    return None
 
 
 @contextmanager

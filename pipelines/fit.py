@@ -23,6 +23,7 @@ from models.parallelize import accumulating, clip_gradient
 from models.samplers import dpm_solver, guided, sample
 from models.schedule import Schedule
 from models.timesteps import Timesteps
+from pipelines.errors import BrickyardError
 from pipelines.feed import Feed
 from pipelines.fit_config import FitConfig
 from pipelines.world import World
@@ -74,7 +75,7 @@ class Listener:
         """Make way after such a notice; the state is committed. (all ranks)"""
 
 
-class DivergedError(Exception):
+class DivergedError(BrickyardError):
     """The gradient is not finite; the optimizer has not moved. The message names the positions of the batch."""
 
 

@@ -55,15 +55,7 @@ class Started:
     workers: int
 
 
-@dataclass(frozen=True)
-class Diverged:
-    """The gradient was not finite, which it would be again: the workers have stopped of themselves."""
-
-    position: int
-    reason: str
-
-
-Message: TypeAlias = Report | Picture | Committed | Started | Diverged
+Message: TypeAlias = Report | Picture | Committed | Started
 
 
 class Record:
@@ -71,7 +63,6 @@ class Record:
 
     def __init__(self, wire: Queue, tracker: Tracker, images: int) -> None:
         self.last: dict[str, float] = {}
-        self.diverged = ""
         self._wire, self._tracker = wire, tracker
         self._progress = TrainingProgress(images)
         self._closing = threading.Event()
@@ -103,8 +94,6 @@ class Record:
             case Committed(position, seconds):
                 log.info("checkpoint at %d images, %.2f s", position, seconds)
                 self._tracker.metrics({"checkpoint_s": seconds}, position)
-            case Diverged(_, reason):
-                self.diverged = reason
             case Started(position, workers):
                 log.info("%d workers train from %d images on", workers, position)
 

@@ -12,7 +12,7 @@ import time
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_before_delay, wait_random_exponential
 
-from pipelines.errors import ConfigurationError, DamagedError, DataError, TryAgainError
+from pipelines.errors import BrickyardError, DamagedError, DataError, TryAgainError
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 10.0
 """The waits double from the first to the longest; each is drawn between nothing and that, so that clients part ways."""
@@ -139,7 +139,7 @@ def answers_head(error: BaseException) -> bool:
 def explained(url: str, error: Exception) -> Exception:
     """Return what an error of a storage client is in words of ours."""
     said, code = f"{type(error).__name__}: {error}", error_code(error)
-    if isinstance(error, ConfigurationError | DataError | TryAgainError):
+    if isinstance(error, BrickyardError):
         return error
     if code == "NoSuchBucket":
         return DataError(f"{url} cannot be read or written: there is no such bucket; make it, or check the address")
@@ -162,4 +162,6 @@ def _answer(error: BaseException | None) -> BaseException | None:
 
 
 def _renew(url: str, code: str) -> TryAgainError:
-    return TryAgainError(f"{url}: the credentials have expired ({code}): renew them and run the same command")
+    return TryAgainError(
+        f"{url}: the credentials have expired ({code}): renew them and run the same command; it goes on from there"
+    )

@@ -12,6 +12,7 @@ import signal
 import time
 import uuid
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pyarrow.fs
 import ray
@@ -19,7 +20,7 @@ import ray.train
 import torch
 import torch.distributed as dist
 from ray.train import DataConfig as RayDataConfig
-from ray.train import FailureConfig, LoggingConfig, RunConfig
+from ray.train import FailureConfig, LoggingConfig, RunConfig, UserCallback
 from ray.train import ScalingConfig as RayScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 from ray.util.queue import Full, Queue
@@ -31,12 +32,12 @@ from pipelines import checkpoints, snapshots
 from pipelines.checkpoints import Checkpoint
 from pipelines.cluster import check_node_labels
 from pipelines.config import TrainJob
-from pipelines.errors import ConfigurationError, DataError, TryAgainError
-from pipelines.fit import DivergedError, Listener, State, fit, new_state
+from pipelines.errors import DataError, TryAgainError, ours
+from pipelines.fit import Listener, State, fit, new_state
 from pipelines.images import View
 from pipelines.manifest import Manifest
 from pipelines.plan import Plan, window_batches
-from pipelines.record import MAX_WAITING, Committed, Diverged, Message, Picture, Record, Report, Started
+from pipelines.record import MAX_WAITING, Committed, Message, Picture, Record, Report, Started
 from pipelines.storage import Folder
 from pipelines.stream import Deal, ReadWindow, batches, execution_options, open_stream
 from pipelines.tracking import Tracker
@@ -141,11 +142,7 @@ def train_worker(task: TrainTask) -> None:
     if world.rank == 0:
         listener.send(Started(state.position, world.size))
     stream = batches(ray.train.get_dataset_shard("train"), task.deal(state.position), world.rank, world.size)
-    try:
-        fit(job.fit, state, schedule, job.seed, stream, listener, world)
-    except DivergedError as error:  # on all ranks at once: to start again would end the same
-        if world.rank == 0:
-            task.wire.put(Diverged(state.position, str(error)))
+    fit(job.fit, state, schedule, job.seed, stream, listener, world)
 
 
 def run_workers(
@@ -166,8 +163,6 @@ def run_workers(
     finally:
         record.close()
         wire.shutdown()
-    if record.diverged:
-        raise DivergedError(record.diverged)
     return record.last
 
 
@@ -188,6 +183,7 @@ def _run_ray_train(job: TrainJob, task: TrainTask) -> None:
             storage_path=folder.path(),
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=job.scaling.max_failures),
+            callbacks=[NotAgain()],
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
         datasets={"train": task.open},
@@ -199,10 +195,8 @@ def _run_ray_train(job: TrainJob, task: TrainTask) -> None:
     except SystemExit as error:  # Ray Train's answer to Ctrl-C, with the exit code 0
         raise KeyboardInterrupt from error
     except ray.train.TrainingFailedError as error:
-        failures = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
-        for failure in [getattr(f, "cause", None) or f for f in failures]:
-            if isinstance(failure, ConfigurationError | DataError | TryAgainError):
-                raise failure from error
+        if told := ours(getattr(error, "controller_failure", None)):
+            raise told from error
         raise TryAgainError(
             f"training stopped: {error}; run the same command to go on from the newest checkpoint"
         ) from error
@@ -212,3 +206,11 @@ def _run_ray_train(job: TrainJob, task: TrainTask) -> None:
             (folder / name).delete()
         except (DataError, TryAgainError) as error:
             log.warning("what Ray Train kept of its own stays: %s", error)
+
+
+class NotAgain(UserCallback):  # type: ignore[misc]
+    """Ends the run at an error of ours, which workers that start again would only meet again. (controller)"""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        for told in filter(None, map(ours, worker_exceptions.values())):
+            raise told  # Ray Train answers an error in here with the end

@@ -35,8 +35,12 @@ class Rule:
     path: str = ""
     """A regular expression, searched for in path and query as they were sent."""
     every: int = 1
+    after: int = 0
+    """How many that match are let through before."""
     first: int = 0
     """Of each method and path; 0: no end to it."""
+    status: int = 400
+    """That word of expired credentials comes with: 400 as AWS does, or 403 as others do."""
     slow_s: float = 5.0
     _seen: Counter[str] = field(default_factory=Counter, init=False)
 
@@ -45,6 +49,8 @@ class Rule:
             return False
         self._seen["all"] += 1
         self._seen[f"{method} {path}"] += 1
+        if self._seen["all"] <= self.after:
+            return False
         return self._seen["all"] % self.every == 0 and (not self.first or self._seen[f"{method} {path}"] <= self.first)
 
 
@@ -101,9 +107,9 @@ class FaultProxy:
         fault = rule.fault if rule else ""
         if rule:
             self.injected[fault] += 1
-        if fault in CODES:
+        if rule and fault in CODES:
             body = f"<?xml version='1.0'?><Error><Code>{CODES[fault]}</Code><Message>injected</Message></Error>"
-            status = 400 if fault == "expired" else int(fault)
+            status = rule.status if fault == "expired" else int(fault)
             return web.Response(status=status, text=body, content_type="application/xml")
         if rule and fault == "slow":
             await asyncio.sleep(rule.slow_s)

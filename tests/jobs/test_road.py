@@ -5,17 +5,23 @@ import os
 import signal
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 import yaml
 from safetensors.torch import load_file
 
 from pipelines import checkpoints
+from pipelines.images import View
+from pipelines.manifest import Manifest
+from pipelines.plan import Plan
 from pipelines.storage import Folder
+from tests.jobs import recorded
 from tests.processes import CODE, kill, of_session, wait_for, without_ray
 
 pytestmark = [
@@ -43,11 +49,11 @@ def start(root: Path, *command: str) -> subprocess.Popen[str]:
     )
 
 
-def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
+def finish(process: subprocess.Popen[str], lines: int = 1) -> dict[str, Any]:
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err[-5000:]
-    (line,) = out.splitlines()
-    return json.loads(line)  # type: ignore[no-any-return]
+    assert len(out.splitlines()) == lines
+    return json.loads(out.splitlines()[-1])  # type: ignore[no-any-return]
 
 
 def committed(root: Path, position: int) -> Callable[[], bool]:
@@ -147,6 +153,39 @@ def test_a_worker_that_is_killed_is_replaced_and_nothing_is_lost(
     for weights in ("model", "ema"):
         a, b = (load_file(root / f"runs/digits/export/{weights}.safetensors") for root in (uninterrupted[0], tmp_path))
         assert all(a[name].equal(b[name]) for name in a), f"{weights} differ"
+
+
+def test_what_workers_are_handed_is_the_plan_across_a_kill_and_other_numbers_of_them(tmp_path: Path) -> None:
+    """SIGKILL for one of two workers in the middle of a step and of an epoch; then one worker goes on."""
+    out = tmp_path / "handed"
+    out.mkdir()
+    flags = ["digits", "--evaluate-images=0", "--tracking.uri=none", "--fit.micro-images=32",
+             "--fit.log-images=640", "--fit.checkpoint-images=640", "--data.window-bytes=16384"]  # fmt: skip
+    first = [*flags, "--fit.images=1920", f"--root={tmp_path}"]
+    then = [*flags, "--fit.images=2560", "--scaling.workers=1"]
+    finish(start(tmp_path, "-m", "tests.jobs.recorded", str(out), "1000", *first, "--then", *then), lines=2)
+    attempts = recorded.written(out)
+    assert [(at, attempt.world) for at, attempt in attempts.items()] == [(0, 2), (640, 2), (1920, 1)]
+
+    # Without Ray: the plan alone, and the images as they are stored.
+    data = next(Folder(f"{tmp_path}/data") / name for name in Folder(f"{tmp_path}/data").names() if "-8x8x1-" in name)
+    manifest = Manifest.load(data)
+    stored = manifest.read(data, np.arange(manifest.rows), View(side=8, channels=1), None, {})
+    ids = Plan(0, manifest.rows, manifest.row_group_rows, 256).rows(0, 2560)
+    expected = {
+        position: recorded.Entry(row, int(stored.label[row]), zlib.crc32(stored.image[row].tobytes()))
+        for position, row in enumerate(ids.tolist())
+    }
+    kept = [
+        {position: entry for position, entry in attempts[at].ledger.items() if position < until}
+        for at, until in ((0, 640), (640, 1920), (1920, 2560))
+    ]
+    assert [len(ledger) for ledger in kept] == [640, 1280, 640]
+    assert kept[0] | kept[1] | kept[2] == expected
+    # What was handed out beyond the checkpoint was handed out again, and was the same.
+    lost = {position: entry for position, entry in attempts[0].ledger.items() if position >= 640}
+    assert {*range(640, 896), 1000} <= lost.keys()
+    assert lost == {position: expected[position] for position in lost} and lost.items() <= kept[1].items()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

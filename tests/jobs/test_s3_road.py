@@ -2,18 +2,21 @@
 killed and run again."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pipelines import checkpoints
 from pipelines.digits import write_digits
 from pipelines.manifest import NAME, Manifest
 from pipelines.parts import RECORDS
+from pipelines.plan import Plan
 from pipelines.storage import Folder
 from tests.faults.proxy import FaultProxy, Rule
 from tests.pipelines.hostile import write_hostile
@@ -107,20 +110,43 @@ def test_from_hostile_files_on_s3_to_a_trained_network(
     assert shard in error and "ingest the data again" in error
 
 
-def test_raw_files_train_where_they_are_and_expired_credentials_are_exit_75(
+def expire(train: list[str], proxy: FaultProxy, *rules: Rule) -> tuple[str, str]:
+    """Run into expired credentials; what the job says of it, and all that it said."""
+    proxy.rules = [*rules]
+    process = start(proxy.url, *train)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 75, err[-5000:]
+    proxy.rules = []
+    return json.loads(out)["error"], err
+
+
+def test_raw_files_train_where_they_are_and_credentials_expire(
     raw: tuple[Folder, int, int], s3: Folder, proxy: FaultProxy
 ) -> None:
     source, _, broken = raw
     train = ["jobs/train.py", "digits", *SHORT, f"--data.url={source.url}", f"--root={s3.url}/yard",
-             "--tracking.uri=none", "--data.ingest.encoding=in-place", "--data.ingest.side=0"]  # fmt: skip
-    said = finish(start(proxy.url, *train))
-    assert said["images"] == 2560
-    # Each is met once or twice in 1.4 epochs, costs itself each time, and is listed once.
-    assert broken - 4 < said["images_replaced"] <= 2 * broken
-    (data,) = (s3 / "yard" / "data").names()
-    at_once = (s3 / "yard" / "data" / data).get("quarantine.jsonl").splitlines()  # by their size, when they were listed
-    assert len(at_once) + len((s3 / "yard" / "runs" / "digits" / "quarantine").names()) == broken
+             "--tracking.uri=none", "--data.ingest.encoding=in-place", "--data.ingest.side=0",
+             "--data.window-bytes=1"]  # fmt: skip
+    way_out = "the credentials have expired (ExpiredToken): renew them and run the same command; it goes on from there"
 
-    proxy.rules = [Rule("expired")]
-    error = finish(start(proxy.url, *train, "--fit.images=3200"), code=75)["error"]
-    assert "the credentials have expired" in error and "renew them" in error
+    error, err = expire(train, proxy, Rule("expired"))
+    assert error.endswith(way_out) and "workers train" not in err
+    # In the middle of the stream, and again of a checkpoint. The workers are not started once more to meet the same.
+    for read_or_write in (
+        Rule("expired", method="GET", path=r"/raw/\d/.*png", after=500, status=403),
+        Rule("expired", method="PUT", path=f"/{checkpoints.folder_name(1280)}/"),
+    ):
+        error, err = expire(train, proxy, read_or_write)
+        assert re.search(read_or_write.path, error) and error.endswith(way_out)
+        assert err.count("2 workers train from 0 images on") == 1 == err.count("workers train from")
+
+    said = finish(start(proxy.url, *train))
+    assert (said["images"], said["trained_images"]) == (2560, 2560 - 640)
+    # What cannot be used costs itself each time that it is met, and is listed once.
+    (data,) = (s3 / "yard" / "data").names()
+    manifest = Manifest.load(s3 / "yard" / "data" / data)
+    at_once = (s3 / "yard" / "data" / data).get("quarantine.jsonl").splitlines()  # by their size, when they were listed
+    bad = [int(name.removesuffix(".json")) for name in (s3 / "yard" / "runs" / "digits" / "quarantine").names()]
+    assert len(at_once) + len(bad) == broken
+    met = Plan(0, manifest.rows, manifest.row_group_rows, 128).rows(640, 2560)
+    assert said["images_replaced"] == np.isin(met, bad).sum() > 0

@@ -124,13 +124,14 @@ def test_when_patience_ends_it_is_told(
     assert proxy.injected["503"] > 1
 
 
+@pytest.mark.parametrize("status", [400, 403])
 @pytest.mark.parametrize("name", ACTIONS)
 def test_expired_credentials_are_told_at_once(
-    name: str, folder: Folder, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    name: str, status: int, folder: Folder, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PYTEST_DOWNLOAD", str(tmp_path / "a"))
     before = retries()
-    proxy.rules = [Rule("expired")]
+    proxy.rules = [Rule("expired", status=status)]
     with pytest.raises(TryAgainError, match=r"credentials have expired \(ExpiredToken\): renew them and run the same"):
         ACTIONS[name][0](folder)
     assert retries() == before
