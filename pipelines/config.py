@@ -42,6 +42,9 @@ class DataConfig:
     window_bytes: int = 64 << 20
     """Images that are shuffled into each other, and that one task reads, in bytes as they are stored; rounded down to a
     power of two of batches, and at most 8192 images."""
+    held_out: int = 0
+    """Images that are kept from training, spread evenly over the data set: their loss, at the t and ε that each has in
+    all runs, is measured beside training at each checkpoint. They are held in memory as pixels."""
     node_labels: tuple[str, ...] = ()
     """Ray's labels, KEY=VALUE, of the nodes that read and decode, such as CPU-only ones; none: any node."""
     ingest: IngestConfig = field(default_factory=IngestConfig)
@@ -57,6 +60,8 @@ class DataConfig:
             raise ConfigurationError(f"data.zoom is {self.zoom}; it must lie in 1..8: try 1.125")
         if self.window_bytes < 1:
             raise ConfigurationError(f"data.window_bytes is {self.window_bytes}; it must be at least 1: try 67108864")
+        if self.held_out < 0:
+            raise ConfigurationError(f"data.held_out is {self.held_out}; it must not be negative: try 1000, or 0")
         for label in self.node_labels:
             if not all(label.partition("=")):
                 raise ConfigurationError(f"data.node_labels has {label!r}; each must be KEY=VALUE, such as role=data")
@@ -65,6 +70,14 @@ class DataConfig:
     def wanted_labels(self) -> dict[str, str]:
         """`node_labels` by key."""
         return dict(label.split("=", 1) for label in self.node_labels)
+
+    def check_rows(self, rows: int) -> None:
+        """Raise ConfigurationError unless a data set of as many rows has more than are held out."""
+        if self.held_out >= rows:
+            raise ConfigurationError(
+                f"data.held_out is {self.held_out}; it must be less than the images of the data set, which are {rows}: "
+                f"try {rows // 20}"
+            )
 
     def view(self, side: int, channels: Literal[1, 3]) -> View:
         """Return how training sees the pictures of a data set of this side (0: each has its own) and channels.

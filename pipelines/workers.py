@@ -11,6 +11,7 @@ import math
 import signal
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pyarrow.fs
@@ -78,7 +79,7 @@ class TrainTask:
         read = ReadWindow(
             folder=self.data,
             manifest=self.manifest,
-            plan=Plan(self.job.seed, self.manifest.rows, self.manifest.row_group_rows, rows),
+            plan=Plan(self.job.seed, self.manifest.rows, self.manifest.row_group_rows, rows, config.held_out),
             deal=deal,
             view=self.view,
             random_crop=config.crop == "random",
@@ -148,9 +149,16 @@ def train_worker(task: TrainTask) -> None:
 
 
 def run_workers(
-    job: TrainJob, data: Folder, manifest: Manifest, about: Checkpoint, tracker: Tracker
+    job: TrainJob,
+    data: Folder,
+    manifest: Manifest,
+    about: Checkpoint,
+    tracker: Tracker,
+    on_commit: Callable[[int], None],
 ) -> dict[str, float]:
     """Run the loop on the job's workers, to the end of the run; return its last report in short.
+
+    ``on_commit`` is told the position of each checkpoint, in another thread.
 
     Raises:
         DivergedError: if the gradient is not finite.
@@ -159,7 +167,7 @@ def run_workers(
     """
     check_node_labels(job.data.wanted_labels)
     wire = Queue(MAX_WAITING, actor_options={"num_cpus": 0})
-    record = Record(wire, tracker, job.fit.images)
+    record = Record(wire, tracker, job.fit.images, on_commit)
     try:
         _run_ray_train(job, TrainTask(job, data, manifest, about, wire))
     finally:
