@@ -143,7 +143,7 @@ class Validator:
 
     def __init__(self, job: TrainJob, data: Folder, manifest: Manifest, tracker: Tracker) -> None:
         self.last: dict[str, float] = {}
-        """The loss of the newest checkpoint that was measured; empty if none was."""
+        """The loss of the newest checkpoint that was taken up; empty as long as it is not known."""
         self._job, self._data, self._manifest, self._tracker = job, data, manifest, tracker
         self._due: SimpleQueue[int | None] = SimpleQueue()
         self._running: Any = None
@@ -165,6 +165,9 @@ class Validator:
         self._due.put(None)
         try:
             if kind is None:
+                self._thread.join(timeout=1)
+                if self._thread.is_alive():
+                    log.info("waiting for the loss of the images held out, at most %d s", LAST_S)
                 self._thread.join(timeout=LAST_S)
         finally:
             self._given_up.set()
@@ -194,6 +197,7 @@ class Validator:
 
     def _measure(self, position: int, images: Any) -> None:
         on_gpu, checkpoint = self._job.scaling.validate_on_gpu, self._job.run / checkpoints.folder_name(position)
+        self.last = {}
         # No CPU is set aside, or the tasks that read, and so training, would wait for it. The process, which has made
         # itself the last in line for good, is used once.
         task = ray.remote(num_cpus=0, num_gpus=int(on_gpu), max_calls=1)(measure)

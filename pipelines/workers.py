@@ -74,9 +74,13 @@ class TrainTask:
     def open(self) -> ray.data.Dataset:
         """Open the stream where the newest valid checkpoint is. Called by the controller at each start."""
         found = checkpoints.newest(self.job.run)
-        deal, config = self.deal(found[1].position if found else 0), self.job.data
+        return open_stream(self.read_from(found[1].position if found else 0), self.job.data.wanted_labels)
+
+    def read_from(self, position: int) -> ReadWindow:
+        """Return the read task of the stream from a position on."""
+        deal, config = self.deal(position), self.job.data
         rows = deal.window_batches * deal.batch_images
-        read = ReadWindow(
+        return ReadWindow(
             folder=self.data,
             manifest=self.manifest,
             plan=Plan(self.job.seed, self.manifest.rows, self.manifest.row_group_rows, rows, config.held_out),
@@ -86,7 +90,6 @@ class TrainTask:
             max_bad_share=config.ingest.max_bad_share,
             quarantine=self.job.run / "quarantine",
         )
-        return open_stream(read, config.wanted_labels)
 
 
 @dataclass(frozen=True)

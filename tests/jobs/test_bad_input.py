@@ -255,6 +255,7 @@ def folder_of_digits(tmp_path: Path) -> Folder:
         ("--network.unet.blocks", "2", "network.unet.blocks was 1, is 2"),
         ("--schedule.T", "900", "schedule.T was 1000, is 900"),
         ("--data.window-bytes", "4096", "data.window_bytes was 67108864, is 4096"),
+        ("--data.held-out", "10", "data.held_out was 0, is 10"),
     ],
 )
 @pytest.mark.parametrize("dry", [True, False])

@@ -27,6 +27,7 @@ from pipelines.plan import held_out_rows
 from pipelines.storage import Folder
 from pipelines.tracking import NoTracker
 from pipelines.validation import METRIC, HeldOut, Validator, in_bands, losses, read_held_out, timesteps, validation_loss
+from pipelines.workers import TrainTask
 from pipelines.world import World
 from tests.models.independent import SCHEDULES, alpha_bars, best_for_gaussian
 from tests.pipelines.helpers import ABOUT, FIT, TINY
@@ -152,6 +153,23 @@ def test_what_is_unusable_is_left_out_and_the_others_keep_their_t_and_eps(alone:
     assert sorted(set(range(70)) - set(some.index.tolist())) == [0, 33, 69]
     assert np.array_equal(some.image, whole.image[some.index])
     assert len(held) == 70 and some.count == 70
+
+
+def test_a_training_job_sees_no_image_that_it_holds_out(alone: None, folder: Folder, digits: Digits) -> None:
+    for i in range(200):
+        (folder / "raw").put(f"{i}.png", encode(digits[0][i], "png"))
+    manifest = manifest_of(folder / "raw", folder / "data", IngestConfig(side=8, channels=1, row_group_rows=16))
+    job = replace(DIGITS, data=replace(DIGITS.data, held_out=40), fit=replace(DIGITS.fit, images=640, batch_images=64))
+    task = TrainTask(job, folder / "data", manifest, ABOUT, wire=None)  # type: ignore[arg-type]
+    for start in (0, 320):
+        read = task.read_from(start)
+        parts = [part for window in read.deal.windows for part in read.read(window)]
+        ledger = {
+            p: r for part in parts for p, r in zip(part["position"], part["row"], strict=True) if start <= p < 640
+        }
+        rows = np.array([ledger[position] for position in range(start, 640)])  # epochs of 160, of which four
+        trained = sorted(set(range(200)) - set(held_out_rows(200, 40).tolist()))
+        assert [sorted(epoch.tolist()) for epoch in rows.reshape(-1, 160)] == [trained] * ((640 - start) // 160)
 
 
 def manifest_of(source: Folder, out: Folder, form: IngestConfig) -> Manifest:
