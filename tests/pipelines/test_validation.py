@@ -159,7 +159,7 @@ def test_a_training_job_sees_no_image_that_it_holds_out(alone: None, folder: Fol
     for i in range(200):
         (folder / "raw").put(f"{i}.png", encode(digits[0][i], "png"))
     manifest = manifest_of(folder / "raw", folder / "data", IngestConfig(side=8, channels=1, row_group_rows=16))
-    job = replace(DIGITS, data=replace(DIGITS.data, held_out=40), fit=replace(DIGITS.fit, images=640, batch_images=64))
+    job = replace(DIGITS, data=replace(DIGITS.data, held_out=40), fit=replace(FIT, images=640, batch_images=64))
     task = TrainTask(job, folder / "data", manifest, ABOUT, wire=None)  # type: ignore[arg-type]
     for start in (0, 320):
         read = task.read_from(start)
