@@ -44,6 +44,9 @@ class DataConfig:
     window_bytes: int = 64 << 20
     """Images that are shuffled into each other, and that one task reads, in bytes as they are stored; rounded down to a
     power of two of batches, and at most 8192 images."""
+    held_out: int = 0
+    """Images that are kept from training, spread evenly over the data set: their loss, at the t and ε that each has in
+    all runs, is measured beside training at each checkpoint. They are held in memory as pixels."""
     node_labels: tuple[str, ...] = ()
     """Ray's labels, KEY=VALUE, of the nodes that ingest, read and decode, such as CPU-only ones; none: any
     node."""
@@ -61,11 +64,21 @@ class DataConfig:
         if self.window_bytes < 1:
             raise ConfigurationError(f"data.window_bytes is {self.window_bytes}; it must be at least 1: try 67108864")
         self.wanted_labels  # noqa: B018  (it checks)
+        if self.held_out < 0:
+            raise ConfigurationError(f"data.held_out is {self.held_out}; it must not be negative: try 1000, or 0")
 
     @property
     def wanted_labels(self) -> dict[str, str]:
         """`node_labels` by key."""
         return node_labels("data.node_labels", self.node_labels)
+
+    def check_rows(self, rows: int) -> None:
+        """Raise ConfigurationError unless a data set of as many rows has more than are held out."""
+        if self.held_out >= rows:
+            raise ConfigurationError(
+                f"data.held_out is {self.held_out}; it must be less than the images of the data set, which are {rows}: "
+                f"try {rows // 20}"
+            )
 
     def view(self, side: int, channels: Literal[1, 3]) -> View:
         """Return how training sees the pictures of a data set of this side (0: each has its own) and channels.

@@ -124,6 +124,7 @@ class Manifest:
         view: View | None = None,
         at: NDArray[np.float64] | None = None,
         kept: RowGroups | None = None,
+        barred: NDArray[np.int64] | None = None,
     ) -> Rows:
         """Read rows of the data set, in the order asked for, fetching each row group that holds any of them once.
 
@@ -133,6 +134,7 @@ class Manifest:
             view: how to look at the pictures; None for as they are stored, in a data set of one shape.
             at: where each cut is made, [n, 2] as in :data:`pipelines.images.Place`; None for the middle.
             kept: row groups of earlier calls, which are not fetched again; those of this one are added.
+            barred: rows that must not take the place of an unusable one.
 
         Raises:
             DataError: if a shard is missing or is not what the manifest says, or a file in place has changed.
@@ -149,11 +151,18 @@ class Manifest:
             places = window.fill(places, bad)
             if not len(places):
                 return Rows(window.image, window.label, window.row, list(bad.values()))
-            window.row[places] = (window.row[places] + 1) % self.rows
+            window.row[places] = self._after(window.row[places], barred)
         raise DataError(
             f"{MAX_SKIPS} pictures in a row are unusable in {folder.url}; the last: {list(bad.values())[-1].path}: "
             f"{list(bad.values())[-1].reason}"
         )
+
+    def _after(self, row: NDArray[np.int64], barred: NDArray[np.int64] | None) -> NDArray[np.int64]:
+        """Return the next row after each, none of those that are barred."""
+        row = (row + 1) % self.rows
+        while barred is not None and (hit := np.isin(row, barred)).any():
+            row[hit] = (row[hit] + 1) % self.rows
+        return row
 
 
 class _Window:

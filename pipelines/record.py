@@ -5,6 +5,7 @@ It travels through a bounded queue to the driver, which alone speaks to the trac
 
 import logging
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -59,11 +60,12 @@ Message: TypeAlias = Report | Picture | Committed | Started
 
 
 class Record:
-    """Moves messages from the workers to the tracker and to the terminal, in a thread of the driver."""
+    """Moves messages from the workers to the tracker and to the terminal, in a thread of the driver, and says the
+    positions of checkpoints to whom it may concern."""
 
-    def __init__(self, wire: Queue, tracker: Tracker, images: int) -> None:
+    def __init__(self, wire: Queue, tracker: Tracker, images: int, on_commit: Callable[[int], None]) -> None:
         self.last: dict[str, float] = {}
-        self._wire, self._tracker = wire, tracker
+        self._wire, self._tracker, self._on_commit = wire, tracker, on_commit
         self._progress = TrainingProgress(images)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="record", daemon=True)
@@ -94,6 +96,7 @@ class Record:
             case Committed(position, seconds):
                 log.info("checkpoint at %d images, %.2f s", position, seconds)
                 self._tracker.metrics({"checkpoint_s": seconds}, position)
+                self._on_commit(position)
             case Started(position, workers):
                 log.info("%d workers train from %d images on", workers, position)
 

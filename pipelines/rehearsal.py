@@ -37,11 +37,14 @@ def dry_run(job: TrainJob) -> dict[str, Any]:
         shape = data.config if isinstance(data, IngestPlan) else data
         view = job.data.view(shape.side, shape.channels)
     check_shape(job, view)
+    if images is not None:
+        job.data.check_rows(images)
     found = checkpoints.newest(job.run)
     return {
         "dry_run": True,
         "images_in_data": images,
-        "epochs": round(job.fit.images / images, 1) if images else None,
+        "images_held_out": job.data.held_out,
+        "epochs": round(job.fit.images / (images - job.data.held_out), 1) if images else None,
         "steps": job.fit.images // job.fit.batch_images,
         "starts_at": found[1].position if found else 0,
         "memory_per_worker_bytes": memory_per_worker(job, view),

@@ -17,6 +17,8 @@ class ScalingConfig:
     """CPUs that Ray sets aside for each worker; leave some for the tasks that read."""
     threads_per_worker: int = 1
     """Threads that torch computes with in each worker."""
+    validate_on_gpu: bool = False
+    """Measure the loss of data.held_out on a GPU, one beside those of the workers; otherwise on one core."""
     max_failures: int = 3
     """Crashes of workers that are answered by going on from the last checkpoint, within one run of the command."""
 

@@ -173,7 +173,7 @@ class ReadWindow:
         due = position[wanted]
         planned = self.plan.rows(int(due.min()), int(due.max()) + 1)[due - due.min()]
         at = uniforms(self.plan.seed, "crop", due) if self.random_crop else None
-        found = self.manifest.read(self.folder, planned, self.view, at, kept)
+        found = self.manifest.read(self.folder, planned, self.view, at, kept, self.plan.held)
         bad += found.bad
         for one in found.bad:  # by its row: met again, by another task or in another epoch, it is listed already
             said = json.dumps(one._asdict(), ensure_ascii=False)

@@ -34,7 +34,9 @@ from pipelines.sample_plan import plan_samples
 from pipelines.sampling import SHEET, STRIP, draw_samples
 from pipelines.scoring import MAX_FEATURES, METRIC, Comparison, score
 from pipelines.storage import Folder
+from pipelines.summary import in_words
 from pipelines.tracking import Tracker, open_tracker, resolve_uri, without_password
+from pipelines.validation import Validator
 from pipelines.workers import run_workers
 
 RUN = "run.json"
@@ -61,29 +63,11 @@ def train(job: TrainJob) -> dict[str, Any]:
             stack.enter_context(cluster())  # one for all that follows
         manifest = ingest(found, job.data.wanted_labels) if isinstance(found, IngestPlan) else found
         check_labels(job, manifest.labels)  # of tars and of Parquet files only reading tells them
+        job.data.check_rows(manifest.rows)
         summary = _train_on(job, data, manifest)
     summary["seconds"] = round(time.perf_counter() - began, 1)
     log.info("%s", in_words(summary))
     return summary
-
-
-def in_words(summary: dict[str, Any]) -> str:
-    """Return what a training job did as a few lines for a person."""
-    lines = [
-        f"{summary['images']:,} images seen, {summary['trained_images']:,} of them now, {summary['seconds']:.0f} s"
-    ]
-    if "loss" in summary:
-        lines += [f"learned    to a loss of {summary['loss']:.4f}"]
-    if METRIC in summary:
-        lines += [
-            f"score      Fréchet distance {summary[METRIC]:.4f} between samples and data, in pixels (0: alike)",
-            f"pictures   {summary['contact_sheet']}",
-            f"           {summary['strip']}",
-        ]
-    lines += [f"network    {summary['run']}/export"]
-    if summary["see"]:
-        lines += [f"record     {summary['see']}"]
-    return "done\n\n  " + "\n  ".join(lines) + "\n"
 
 
 def _train_on(job: TrainJob, data: Folder, manifest: Manifest) -> dict[str, Any]:
@@ -107,12 +91,14 @@ def _train_on(job: TrainJob, data: Folder, manifest: Manifest) -> dict[str, Any]
     try:
         tracker.file("config.yaml", to_yaml(job).encode())
         about = describe(job, data, manifest, tracker)
-        with cluster():
-            summary = _train(job, data, manifest, about, tracker)
+        with cluster(), Validator(job, data, manifest, tracker) as validator:
+            summary = _train(job, data, manifest, about, tracker, validator)
             trained = Trained.find(job.run.url)  # once: it reads every byte
+            validator.take(trained.checkpoint.position)  # in case that word of it was lost
             tracker.tags({"brickyard.export": export(job, trained)})
             if job.evaluate_images:
                 summary |= evaluate(job, trained, tracker)
+        summary |= validator.last
         tracker.finish("FINISHED")
     except KeyboardInterrupt:
         tracker.finish("KILLED")
@@ -129,8 +115,12 @@ def _train_on(job: TrainJob, data: Folder, manifest: Manifest) -> dict[str, Any]
     }
 
 
-def _train(job: TrainJob, data: Folder, manifest: Manifest, about: Checkpoint, tracker: Tracker) -> dict[str, Any]:
+def _train(
+    job: TrainJob, data: Folder, manifest: Manifest, about: Checkpoint, tracker: Tracker, validator: Validator
+) -> dict[str, Any]:
     found = checkpoints.newest(job.run)
+    if found:
+        validator.take(found[1].position)  # an earlier start may have been killed before it was measured
     if found and found[1].position >= job.fit.images:
         log.info("%s has seen its %d images; nothing to train", job.run.url, found[1].position)
         return {"trained_images": 0}
@@ -144,7 +134,8 @@ def _train(job: TrainJob, data: Folder, manifest: Manifest, about: Checkpoint, t
             job.fit.micro_batches,
             100 * idle,
         )
-    return {"trained_images": job.fit.images - position, **run_workers(job, data, manifest, about, tracker)}
+    said = run_workers(job, data, manifest, about, tracker, validator.take)
+    return {"trained_images": job.fit.images - position, **said}
 
 
 def find_data(job: TrainJob) -> tuple[Folder, Manifest | IngestPlan]:

@@ -11,6 +11,7 @@ import math
 import signal
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -74,19 +75,22 @@ class TrainTask:
     def open(self) -> ray.data.Dataset:
         """Open the stream where the newest valid checkpoint is. Called by the controller at each start."""
         found = checkpoints.newest(self.job.run)
-        deal, config = self.deal(found[1].position if found else 0), self.job.data
+        return open_stream(self.read_from(found[1].position if found else 0), self.job.data.wanted_labels)
+
+    def read_from(self, position: int) -> ReadWindow:
+        """Return the read task of the stream from a position on."""
+        deal, config = self.deal(position), self.job.data
         rows = deal.window_batches * deal.batch_images
-        read = ReadWindow(
+        return ReadWindow(
             folder=self.data,
             manifest=self.manifest,
-            plan=Plan(self.job.seed, self.manifest.rows, self.manifest.row_group_rows, rows),
+            plan=Plan(self.job.seed, self.manifest.rows, self.manifest.row_group_rows, rows, config.held_out),
             deal=deal,
             view=self.view,
             random_crop=config.crop == "random",
             max_bad_share=config.ingest.max_bad_share,
             quarantine=self.job.run / "quarantine",
         )
-        return open_stream(read, config.wanted_labels)
 
 
 @dataclass(frozen=True)
@@ -146,9 +150,16 @@ def train_worker(task: TrainTask) -> None:
 
 
 def run_workers(
-    job: TrainJob, data: Folder, manifest: Manifest, about: Checkpoint, tracker: Tracker
+    job: TrainJob,
+    data: Folder,
+    manifest: Manifest,
+    about: Checkpoint,
+    tracker: Tracker,
+    on_commit: Callable[[int], None],
 ) -> dict[str, float]:
     """Run the loop on the job's workers, to the end of the run; return its last report in short.
+
+    ``on_commit`` is told the position of each checkpoint, in another thread.
 
     Raises:
         DivergedError: if the gradient is not finite.
@@ -157,7 +168,7 @@ def run_workers(
     """
     check_node_labels(job.data.wanted_labels)
     wire = Queue(MAX_WAITING, actor_options={"num_cpus": 0})
-    record = Record(wire, tracker, job.fit.images)
+    record = Record(wire, tracker, job.fit.images, on_commit)
     try:
         _run_ray_train(job, TrainTask(job, data, manifest, about, wire))
     finally:

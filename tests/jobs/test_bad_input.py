@@ -130,6 +130,8 @@ def test_a_value_out_of_range(run: Callable) -> None:
         ("--network.labels --fit.label-dropout 0 --draw.guidance 2", "try --fit.label-dropout 0.1"),
         ("--draw.eta 0.5", "only ddim takes an eta"),
         ("--draw.ema-std 0.5", "draw.ema_std is 0.5; a width σ_rel must be above 0 and below"),
+        ("--data.held-out -1", "data.held_out is -1; it must not be negative: try 1000, or 0"),
+        ("--data.held-out 1797", "it must be less than the images of the data set, which are 1797: try 89"),
         ("--fit.timesteps.kind loss-aware --fit.objective.weight article", "too small to be told from 0"),
     ],
 )
@@ -253,6 +255,7 @@ def folder_of_digits(tmp_path: Path) -> Folder:
         ("--network.unet.blocks", "2", "network.unet.blocks was 1, is 2"),
         ("--schedule.T", "900", "schedule.T was 1000, is 900"),
         ("--data.window-bytes", "4096", "data.window_bytes was 67108864, is 4096"),
+        ("--data.held-out", "10", "data.held_out was 0, is 10"),
     ],
 )
 @pytest.mark.parametrize("dry", [True, False])

@@ -33,6 +33,7 @@ pytestmark = [
 SHORT = [
     "--fit.images=3840", "--fit.log-images=640", "--fit.checkpoint-images=1280", "--fit.grid-images=1920",
     "--fit.warm-up-images=640", "--evaluate-images=60", "--draw.steps=5", "--draw.shard-images=20",
+    "--data.held-out=97",
 ]  # fmt: skip
 
 
@@ -88,6 +89,19 @@ def mlflow_runs(root: Path) -> list[Any]:
     return list(client.search_runs([client.get_experiment_by_name("brickyard").experiment_id]))
 
 
+def validated(root: Path) -> dict[int, float]:
+    """The loss of the images that are held out, by position; none may be on record twice."""
+    from mlflow import MlflowClient
+
+    (run,) = mlflow_runs(root)
+    points = MlflowClient(tracking_uri=f"sqlite:///{root}/mlflow.db").get_metric_history(
+        run.info.run_id, "validation_loss"
+    )
+    positions = [point.step for point in points]
+    assert len(set(positions)) == len(positions) and set(positions) <= {1280, 2560, 3840}
+    return {point.step: point.value for point in points}
+
+
 def test_the_record_has_what_a_reader_looks_for(uninterrupted: tuple[Path, dict[str, Any]]) -> None:
     from mlflow import MlflowClient
 
@@ -104,6 +118,8 @@ def test_the_record_has_what_a_reader_looks_for(uninterrupted: tuple[Path, dict[
     client = MlflowClient(tracking_uri=f"sqlite:///{root}/mlflow.db")
     losses = client.get_metric_history(run.info.run_id, "loss")
     assert [metric.step for metric in losses] == list(range(640, 3841, 640))
+    assert validated(root)[3840] == run.data.metrics["validation_loss"] == said["validation_loss"]
+    assert {f"validation_loss_band_{i}_of_4" for i in range(1, 5)} <= set(run.data.metrics)
     pictures = [file.path for file in client.list_artifacts(run.info.run_id, "images") if "samples" in file.path]
     grids = {path.split("+")[2] for path in pictures}
     assert {"1920", "3840"} <= grids
@@ -133,11 +149,15 @@ def test_killed_in_the_middle_it_ends_bit_for_bit_the_same(
 
     (run,) = mlflow_runs(tmp_path)
     assert run.info.status == "FINISHED" and run.data.tags["brickyard.starts"] == "3"
+    one, other = validated(whole), validated(tmp_path)
+    assert newest[1].position in other, "the checkpoint that a start goes on from is measured by that start"
+    assert all(one[position] == other[position] for position in one.keys() & other.keys())
+    assert 3840 in one.keys() & other.keys()
 
     # Fired again it is done at once, and has changed nothing.
     before = (tmp_path / "runs/digits/export/ema.safetensors").read_bytes()
     again = finish(start(tmp_path, "jobs/train.py", "digits", *SHORT))
-    assert again["trained_images"] == 0
+    assert again["trained_images"] == 0 and again["validation_loss"] == said["validation_loss"]
     assert (tmp_path / "runs/digits/export/ema.safetensors").read_bytes() == before
 
 

@@ -1,4 +1,5 @@
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.noise import words
-from pipelines.plan import MAX_WINDOW_ROWS, Plan, uniforms, window_batches
+from pipelines.plan import MAX_WINDOW_ROWS, Plan, held_out_rows, uniforms, window_batches
 
 plans = st.builds(
     Plan,
@@ -22,6 +23,29 @@ plans = st.builds(
 def test_an_epoch_has_each_row_once(plan: Plan, epoch: int) -> None:
     rows = plan.rows(epoch * plan.N, (epoch + 1) * plan.N)
     assert sorted(rows) == list(range(plan.N))
+
+
+@given(plan=plans, data=st.data())
+def test_what_is_held_out_is_in_no_epoch_and_the_others_are_once_in_each(plan: Plan, data: st.DataObject) -> None:
+    plan = replace(plan, held_out=data.draw(st.integers(0, plan.N - 1)))
+    held = set(held_out_rows(plan.N, plan.held_out).tolist())
+    assert len(held) == plan.held_out
+    rows = plan.rows(0, 3 * plan.n)
+    for epoch in range(3):
+        assert sorted(rows[epoch * plan.n : (epoch + 1) * plan.n].tolist()) == sorted(set(range(plan.N)) - held)
+    start = data.draw(st.integers(0, 3 * plan.n))
+    assert np.array_equal(plan.rows(start, 3 * plan.n), rows[start:])
+
+
+def test_what_is_held_out_stands_for_the_whole_of_a_sorted_data_set() -> None:
+    label = np.arange(10_000) * 10 // 10_000
+    assert np.bincount(label[held_out_rows(10_000, 500)]).tolist() == [50] * 10
+    assert np.ptp(np.bincount(label[held_out_rows(10_000, 333)])) <= 2
+    assert len(set(np.diff(held_out_rows(10_000, 500)).tolist())) > 10, "at no fixed distance: data may have a rhythm"
+
+
+def test_what_is_held_out_is_the_same_for_every_seed() -> None:
+    assert np.array_equal(Plan(0, 1000, 8, 64, held_out=50).held, Plan(1, 1000, 8, 64, held_out=50).held)
 
 
 @given(plan=plans, data=st.data())
@@ -64,10 +88,17 @@ def test_a_window_touches_the_chunks_that_it_has_and_at_most_one_more() -> None:
     assert sum(touched) <= 100 + len(touched)  # a cut makes one chunk be read twice
 
 
+def test_chunks_of_which_nothing_is_held_out_stay_whole() -> None:
+    """A window reads about as many row groups as without, not two for each chunk."""
+    plan = Plan(0, 100_000, 100, 512, held_out=100)
+    touched = [len(np.unique(plan.rows(at, min(at + 512, plan.n)) // 100)) for at in range(0, plan.n, 512)]
+    assert sum(touched) <= 1000 + 100 + len(touched)
+
+
 def test_reading_in_a_billion_takes_the_memory_of_a_window() -> None:
-    plan = Plan(0, 10**9, 1024, 8192)
+    plan = Plan(0, 10**9, 1024, 8192, held_out=10_000)
     tracemalloc.start()
-    rows = plan.rows(5 * 10**9 - 2000, 5 * 10**9 + 2000)  # across the end of an epoch
+    rows = plan.rows(5 * plan.n - 2000, 5 * plan.n + 2000)  # across the end of an epoch
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(np.unique(rows[:2000])) == 2000

@@ -15,7 +15,7 @@ from pipelines.images import View, encode
 from pipelines.ingest import ingest
 from pipelines.ingest_plan import IngestConfig, IngestPlan
 from pipelines.manifest import Manifest
-from pipelines.plan import Plan, uniforms
+from pipelines.plan import Plan, held_out_rows, uniforms
 from pipelines.shards import PICTURES, ShardWriter
 from pipelines.storage import Folder
 from pipelines.stream import Batch, Deal, ReadWindow, StreamOrderError, batches, open_stream
@@ -163,6 +163,30 @@ def test_what_is_unusable_is_replaced_listed_and_limited(alone: None, folder: Fo
     assert {entry["path"] for entry in listed} == {f"{i:03d}.png" for i in range(7, 120, 15)}
     with pytest.raises(DataError, match=r"8 of 128 images are unusable, more than data.ingest.max_bad_share = 0.001"):
         joined(replace(task, max_bad_share=0.001).read(0))
+
+
+def test_no_epoch_shows_an_image_that_is_held_out(alone: None, folder: Folder) -> None:
+    """Nor does one take the place of a picture that is unusable, as most of its neighbours are here."""
+    source, out = folder / "raw", folder / "data"
+    for i in range(120):
+        source.put(f"{i:03d}.png", encode(np.full((8, 8, 3), i, np.uint8), "png"))
+    manifest = ingest(IngestPlan.make(source, out, IngestConfig(side=0, encoding="in-place")))
+    held = held_out_rows(120, 24)
+    seen = manifest.read(out, np.arange(120), View(side=8, channels=3)).image[:, 0, 0, 0]
+    before = sorted(set((held - 1).tolist()) - set(held.tolist()) - {-1})
+    for row in before:
+        source.put(f"{seen[row]:03d}.png", b"no picture")
+    manifest = ingest(IngestPlan.make(source, out / "2", IngestConfig(side=0, encoding="in-place")))
+    deal = Deal(start=0, stop=480, batch_images=32, micro_images=32, window_batches=4, image_bytes=192)
+    task = replace(read((out / "2", manifest), deal, View(side=8, channels=3)), max_bad_share=0.5)
+    task = replace(task, plan=replace(task.plan, held_out=24))
+    parts = [joined(task.read(window)) for window in deal.windows]
+    position, row, image = (np.concatenate([part[name] for part in parts]) for name in ("position", "row", "image"))
+    row, image = row[position < 480], image[position < 480]  # five epochs of 96
+    assert not set(row.tolist()) & set(held.tolist())
+    assert not set(image[:, 0, 0, 0].tolist()) & set(seen[held].tolist())
+    usable = set(range(120)) - set(held.tolist()) - set(before)
+    assert set(row.tolist()) == usable and all((row == one).sum() >= 5 for one in usable)
 
 
 @pytest.mark.parametrize("where", ["folder", "s3"])
