@@ -5,11 +5,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from statistics import median
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
+from pipelines.fit import State
 from pipelines.fit_config import FitConfig
 from pipelines.plan import Plan
 
@@ -44,6 +46,20 @@ def micro_batches(pixels: NDArray[np.uint8], config: FitConfig, seed: int) -> It
             here = slice(i, i + config.micro_images)
             position = np.arange(start, start + config.batch_images)[here]
             yield MicroBatch(position, np.full(len(position), -1), pixels[rows[here]])
+
+
+class Silent:
+    """A listener of the loop who is asked nothing and told nothing."""
+
+    def report(self, metrics: dict[str, float], position: int) -> None: ...
+    def picture(self, pixels: Tensor, position: int) -> None: ...
+    def checkpoint(self, state: State) -> None: ...
+    def flush(self) -> None: ...
+    def notice(self) -> bool:
+        return False
+
+    def leave(self, state: State) -> NoReturn:
+        raise AssertionError("nobody asked to")
 
 
 class Stopwatch:

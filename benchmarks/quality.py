@@ -39,7 +39,7 @@ import tyro
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from benchmarks.common import Stopwatch, digits, micro_batches
+from benchmarks.common import Silent, Stopwatch, digits, micro_batches
 from jobs.presets import DIGITS
 from models.ema import EMAConfig
 from models.init import initialize
@@ -177,11 +177,9 @@ def train_ours(settings: Settings) -> None:
     model = model.to(memory_format=torch.channels_last)
     examiner = Examiner(settings, "ours", schedule.alpha_bar, model)
 
-    class Listener:
+    class Listener(Silent):
         def report(self, metrics: dict[str, float], position: int) -> None:
             examiner.hear(position, metrics["loss"])
-
-        def picture(self, pixels: Tensor, position: int) -> None: ...
 
         def checkpoint(self, state: State) -> None:
             if state.position in settings.marks:

@@ -28,14 +28,14 @@ from pathlib import Path
 
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import nn
 
-from benchmarks.common import digits, micro_batches, spread
+from benchmarks.common import Silent, digits, micro_batches, spread
 from jobs.presets import DIGITS
 from models.init import initialize
 from models.network import build
 from models.schedule import article
-from pipelines.fit import State, fit, new_state, pixels_to_x_0
+from pipelines.fit import fit, new_state, pixels_to_x_0
 
 REPORT = 3_200
 """Images between two of A's reports; also B's warm-up."""
@@ -95,7 +95,7 @@ def alone(settings: Settings) -> float:
     return steady(listener.speeds)
 
 
-class Listener:
+class Listener(Silent):
     """Keeps the reports of F."""
 
     def __init__(self) -> None:
@@ -103,9 +103,6 @@ class Listener:
 
     def report(self, metrics: dict[str, float], position: int) -> None:
         self.speeds.append(metrics["images_per_s"])
-
-    def picture(self, pixels: Tensor, position: int) -> None: ...
-    def checkpoint(self, state: State) -> None: ...
 
 
 def steady(speeds: list[float]) -> float:

@@ -44,7 +44,7 @@ import tyro
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from benchmarks.common import digits, micro_batches
+from benchmarks.common import Silent, digits, micro_batches
 from jobs.presets import DIGITS
 from models.init import initialize
 from models.network import EpsNetwork, build
@@ -248,11 +248,9 @@ def train(marks: tuple[int, ...], seed: int, at_mark: Callable[[State], None]) -
     initialize(network, seed)
     schedule = article()
 
-    class Listener:
+    class Listener(Silent):
         def report(self, metrics: dict[str, float], position: int) -> None:
             print(f"{position:8,} images, loss {metrics['loss']:.4f}", flush=True)
-
-        def picture(self, pixels: Tensor, position: int) -> None: ...
 
         def checkpoint(self, state: State) -> None:
             if state.position in marks:

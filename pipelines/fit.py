@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,15 @@ class Listener(Protocol):
     def checkpoint(self, state: State) -> None:
         """Commit the state. (all ranks)"""
 
+    def notice(self) -> bool:
+        """Whether the workers must leave before the end, asked once a step; the same on all ranks. (all ranks)"""
+
+    def flush(self) -> None:
+        """Wait until what was to be committed is. (all ranks)"""
+
+    def leave(self, state: State) -> NoReturn:
+        """End this worker; the run goes on elsewhere from the last checkpoint. (all ranks)"""
+
 
 class DivergedError(Exception):
     """The gradient is not finite; the optimizer has not moved. The message names the positions of the batch."""
@@ -70,7 +79,7 @@ def new_state(model: EpsNetwork, config: FitConfig, schedule: Schedule) -> State
     return State(model, optimizer, EMA(model, config.ema), timesteps)
 
 
-def fit(
+def fit(  # noqa: PLR0915  (the one long thing)
     config: FitConfig,
     state: State,
     schedule: Schedule,
@@ -162,8 +171,13 @@ def fit(
             grid = draw_grid(state, schedule, x_0.shape[1:], config.objective, world)
             if world.rank == 0:
                 listener.picture(grid, state.position)
-        if state.position % config.checkpoint_images == 0 or state.position == config.images:
+        leaving = listener.notice() and state.position < config.images
+        if leaving or state.position % config.checkpoint_images == 0 or state.position == config.images:
             listener.checkpoint(state)
+        if leaving:
+            listener.flush()
+            listener.leave(state)
+    listener.flush()
 
 
 def pixels_to_x_0(pixels: Tensor) -> Tensor:

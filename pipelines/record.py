@@ -56,14 +56,24 @@ class Started:
 
 
 @dataclass(frozen=True)
-class Diverged:
-    """The gradient was not finite, which it would be again: the workers have stopped of themselves."""
+class Left:
+    """The workers have left of themselves at a position, to be started again there."""
 
     position: int
     reason: str
 
 
-Message: TypeAlias = Report | Picture | Committed | Started | Diverged
+@dataclass(frozen=True)
+class Hanging:
+    """A worker has waited for too long after a position, and ends itself."""
+
+    position: int
+    rank: int
+    seconds: float
+    stacks: str
+
+
+Message: TypeAlias = Report | Picture | Committed | Started | Left | Hanging
 
 
 class Record:
@@ -71,7 +81,6 @@ class Record:
 
     def __init__(self, wire: Queue, tracker: Tracker, images: int) -> None:
         self.last: dict[str, float] = {}
-        self.diverged = ""
         self._wire, self._tracker = wire, tracker
         self._progress = TrainingProgress(images)
         self._closing = threading.Event()
@@ -103,8 +112,13 @@ class Record:
             case Committed(position, seconds):
                 log.info("checkpoint at %d images, %.2f s", position, seconds)
                 self._tracker.metrics({"checkpoint_s": seconds}, position)
-            case Diverged(_, reason):
-                self.diverged = reason
+            case Left(position, reason):
+                log.info("the workers leave at %d images: %s", position, reason)
+            case Hanging(position, rank, seconds, stacks):
+                log.error(
+                    "worker %d has made no step for %g s after %d images, and is given up; a worker that says nothing "
+                    "is the one that the others wait for; its threads:\n%s", rank, seconds, position, stacks,
+                )  # fmt: skip
             case Started(position, workers):
                 log.info("%d workers train from %d images on", workers, position)
 

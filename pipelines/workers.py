@@ -3,17 +3,20 @@
 The *controller* of Ray Train opens the stream, anew at each start of the workers, at the position of the newest valid
 checkpoint. The *workers* load that checkpoint and run :func:`pipelines.fit.fit`. What rank 0 has to say travels
 through a bounded queue to the driver, which alone speaks to the tracker: so no tracker can hold a worker up.
+How workers leave before the end is in :mod:`pipelines.foreman`.
 """
 
 import functools
 import logging
 import math
+import os
 import signal
+import tempfile
 import time
-import uuid
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NoReturn
 
-import pyarrow.fs
 import ray
 import ray.train
 import torch
@@ -21,7 +24,7 @@ import torch.distributed as dist
 from ray.train import DataConfig as RayDataConfig
 from ray.train import FailureConfig, LoggingConfig, RunConfig
 from ray.train import ScalingConfig as RayScalingConfig
-from ray.train.torch import TorchTrainer, get_device
+from ray.train.torch import get_device
 from ray.util.queue import Full, Queue
 from torch import Tensor
 
@@ -31,16 +34,21 @@ from pipelines import checkpoints, snapshots
 from pipelines.checkpoints import Checkpoint
 from pipelines.cluster import check_node_labels
 from pipelines.config import TrainJob
-from pipelines.errors import ConfigurationError, DataError, TryAgainError
-from pipelines.fit import DivergedError, State, fit, new_state
+from pipelines.errors import TryAgainError
+from pipelines.fit import State, fit, new_state
+from pipelines.foreman import PERMANENT, Foreman, Notice, Trainer, leave
 from pipelines.images import View
 from pipelines.manifest import Manifest
 from pipelines.plan import Plan, window_batches
-from pipelines.record import MAX_WAITING, Committed, Diverged, Message, Picture, Record, Report, Started
+from pipelines.record import MAX_WAITING, Committed, Hanging, Left, Message, Picture, Record, Report, Started
 from pipelines.storage import Folder
 from pipelines.stream import Deal, ReadWindow, batches, execution_options, open_stream
 from pipelines.tracking import Tracker
+from pipelines.watch import Watch
 from pipelines.world import World
+
+HEALTH_MARGIN_S = 60.0
+"""Beyond scaling.hang_s, after which Ray Train gives a worker up that does not answer."""
 
 log = logging.getLogger("brickyard.train")
 
@@ -88,12 +96,13 @@ class TrainTask:
         return open_stream(read, config.wanted_labels)
 
 
-@dataclass(frozen=True)
 class WorkerListener:
-    """Takes what the loop says, on a worker."""
+    """Takes what the loop says, on a worker. (all ranks)"""
 
-    task: TrainTask
-    world: World
+    def __init__(self, task: TrainTask, world: World, start: int) -> None:
+        self.task, self.world = task, world
+        self._position, self._notice = start, Notice(world)
+        self._watch = Watch(task.job.scaling.hang_s, self._hanging)
 
     def report(self, metrics: dict[str, float], position: int) -> None:
         self.send(Report(position, metrics))
@@ -101,7 +110,27 @@ class WorkerListener:
     def picture(self, pixels: Tensor, position: int) -> None:
         self.send(Picture(position, pixels.cpu()))
 
+    def notice(self) -> bool:
+        """Whether the workers must leave; the same on all ranks, once a step."""
+        self._position += self.task.job.fit.batch_images
+        self._watch.step()
+        return self._notice()
+
+    def leave(self, state: State) -> NoReturn:
+        """Go, to be started again from the checkpoint that was just committed."""
+        self._watch.pause()
+        if self.world.rank == 0:
+            self.send(Left(state.position, self._notice.why))
+        leave()
+
+    def _hanging(self, stacks: str) -> None:
+        self.send(Hanging(self._position, self.world.rank, self.task.job.scaling.hang_s, stacks))
+
+    def flush(self) -> None:
+        """Wait for what is written in the background: nothing is."""
+
     def checkpoint(self, state: State) -> None:
+        self._watch.pause()
         began = time.perf_counter()
         about = self.task.about
         if self.world.rank == 0:  # before the manifest, which names them
@@ -110,6 +139,7 @@ class WorkerListener:
         if self.world.rank == 0:
             checkpoints.keep_newest(self.task.job.run, self.task.job.keep_checkpoints, state.position)
             self.send(Committed(state.position, time.perf_counter() - began))
+        self._watch.step()
 
     def send(self, message: Message) -> None:
         """Hand a message to the driver, or drop it: the record never holds training up."""
@@ -136,15 +166,11 @@ def train_worker(task: TrainTask) -> None:
         dist.broadcast_object_list(found)
     if found[0]:
         checkpoints.load(*found[0], state, world)  # … 2. or of the newest checkpoint
-    listener = WorkerListener(task, world)
+    listener = WorkerListener(task, world, state.position)
     if world.rank == 0:
         listener.send(Started(state.position, world.size))
     stream = batches(ray.train.get_dataset_shard("train"), task.deal(state.position), world.rank, world.size)
-    try:
-        fit(job.fit, state, schedule, job.seed, stream, listener, world)
-    except DivergedError as error:  # on all ranks at once: to start again would end the same
-        if world.rank == 0:
-            task.wire.put(Diverged(state.position, str(error)))
+    fit(job.fit, state, schedule, job.seed, stream, listener, world)
 
 
 def run_workers(
@@ -165,29 +191,30 @@ def run_workers(
     finally:
         record.close()
         wire.shutdown()
-    if record.diverged:
-        raise DivergedError(record.diverged)
     return record.last
 
 
 def _run_ray_train(job: TrainJob, task: TrainTask) -> None:
-    # What Ray Train keeps of its own is of no use to us after a crash and can be in the way: our manifests say where to
-    # go on. So each start has a folder of its own there, and it is deleted at the end.
-    folder, name = job.run, f"ray-{uuid.uuid4().hex}"
-    filesystem = None if folder.is_local else pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(folder.filesystem))
-    trainer = TorchTrainer(
+    scaling = job.scaling
+    # A process that does not even answer. Later than its peers, who wait for it and then say where.
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(scaling.hang_s + HEALTH_MARGIN_S))
+    # What Ray Train keeps of its own is empty, since nothing is reported to it, and its controller runs on this node.
+    # So it lies here, out of reach of what befalls the run's storage, and each start has a folder of its own.
+    own = tempfile.TemporaryDirectory(prefix="brickyard-ray-", ignore_cleanup_errors=True)
+    trainer = Trainer(
         functools.partial(train_worker, task),
         scaling_config=RayScalingConfig(
-            num_workers=job.scaling.workers,
-            use_gpu=job.scaling.use_gpu,
-            resources_per_worker={"CPU": job.scaling.cpus_per_worker},
+            num_workers=(scaling.min_workers, scaling.workers) if scaling.min_workers else scaling.workers,
+            elastic_resize_monitor_interval_s=scaling.resize_s,
+            use_gpu=scaling.use_gpu,
+            resources_per_worker={"CPU": scaling.cpus_per_worker},
         ),
         run_config=RunConfig(
-            name=name,
-            storage_path=folder.path(),
-            storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=job.scaling.max_failures),
+            name=Path(own.name).name,
+            storage_path=own.name,
+            failure_config=FailureConfig(max_failures=scaling.max_failures),
             logging_config=LoggingConfig(log_level="ERROR"),
+            callbacks=[Foreman()],
         ),
         datasets={"train": task.open},
         dataset_config=RayDataConfig(execution_options=execution_options(), enable_shard_locality=False),
@@ -200,14 +227,11 @@ def _run_ray_train(job: TrainJob, task: TrainTask) -> None:
     except ray.train.TrainingFailedError as error:
         failures = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
         for failure in [getattr(f, "cause", None) or f for f in failures]:
-            if isinstance(failure, ConfigurationError | DataError | TryAgainError):
+            if isinstance(failure, PERMANENT):
                 raise failure from error
         raise TryAgainError(
             f"training stopped: {error}; run the same command to go on from the newest checkpoint"
         ) from error
     finally:
         signal.signal(signal.SIGINT, on_interrupt)  # Ray Train leaves its own behind
-        try:
-            (folder / name).delete()
-        except (DataError, TryAgainError) as error:
-            log.warning("what Ray Train kept of its own stays: %s", error)
+        own.cleanup()
