@@ -104,12 +104,17 @@ class Foreman(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
 
 
 class _NodesThatStay(ElasticScalingPolicy):  # type: ignore[misc]
-    """Counts no node that is about to be taken away, to which Ray gives no new work: else the start waits for it."""
+    """Counts no node that is gone or about to go. Ray gives those no new work, yet reserves them up to 20 s longer: the
+    workers' start would wait for them a minute."""
 
     def _count_possible_workers(self, reserved_resources: dict[str, Any]) -> int:
-        leaving = ray._private.state.state.get_draining_nodes()
-        staying = {node: has for node, has in reserved_resources.items() if node not in leaving}
-        return int(super()._count_possible_workers(staying))
+        staying = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        staying -= ray._private.state.state.get_draining_nodes().keys()
+        return int(
+            super()._count_possible_workers(
+                {node: reserved_resources[node] for node in staying & reserved_resources.keys()}
+            )
+        )
 
 
 class Trainer(TorchTrainer):  # type: ignore[misc]
