@@ -10,6 +10,8 @@ These are hooks of Ray Train's own callbacks, not of its public ones: tests/faul
 
 import logging
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import ray
@@ -46,9 +48,17 @@ def be_told(why: str, wait_s: float) -> bool:
     return _gone.wait(wait_s)
 
 
+@contextmanager
+def present() -> Iterator[None]:
+    """Who waits for this worker to leave waits until the end of this block, however it ends."""
+    try:
+        yield
+    finally:
+        _gone.set()
+
+
 def leave() -> NoReturn:
     """End this worker in a way that Ray Train counts as an interruption, not as a failure. (all ranks)"""
-    _gone.set()
     raise RayActorError(error_msg=f"left: {_why}", preempted=True)
 
 

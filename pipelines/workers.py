@@ -36,7 +36,7 @@ from pipelines.cluster import check_node_labels
 from pipelines.config import TrainJob
 from pipelines.errors import TryAgainError
 from pipelines.fit import State, fit, new_state
-from pipelines.foreman import PERMANENT, Foreman, Notice, Trainer, leave
+from pipelines.foreman import PERMANENT, Foreman, Notice, Trainer, leave, present
 from pipelines.images import View
 from pipelines.manifest import Manifest
 from pipelines.plan import Plan, window_batches
@@ -118,7 +118,6 @@ class WorkerListener:
 
     def leave(self, state: State) -> NoReturn:
         """Go, to be started again from the checkpoint that was just committed."""
-        self._watch.pause()
         if self.world.rank == 0:
             self.send(Left(state.position, self._notice.why))
         leave()
@@ -128,6 +127,7 @@ class WorkerListener:
 
     def flush(self) -> None:
         """Wait for what is written in the background: nothing is."""
+        self._watch.pause()
 
     def checkpoint(self, state: State) -> None:
         self._watch.pause()
@@ -170,7 +170,8 @@ def train_worker(task: TrainTask) -> None:
     if world.rank == 0:
         listener.send(Started(state.position, world.size))
     stream = batches(ray.train.get_dataset_shard("train"), task.deal(state.position), world.rank, world.size)
-    fit(job.fit, state, schedule, job.seed, stream, listener, world)
+    with present():
+        fit(job.fit, state, schedule, job.seed, stream, listener, world)
 
 
 def run_workers(
@@ -197,7 +198,7 @@ def run_workers(
 def _run_ray_train(job: TrainJob, task: TrainTask) -> None:
     scaling = job.scaling
     # A process that does not even answer. Later than its peers, who wait for it and then say where.
-    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(scaling.hang_s + HEALTH_MARGIN_S))
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(scaling.hang_s + HEALTH_MARGIN_S)
     # What Ray Train keeps of its own is empty, since nothing is reported to it, and its controller runs on this node.
     # So it lies here, out of reach of what befalls the run's storage, and each start has a folder of its own.
     own = tempfile.TemporaryDirectory(prefix="brickyard-ray-", ignore_cleanup_errors=True)
