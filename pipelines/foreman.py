@@ -109,7 +109,7 @@ class Foreman(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
             self._workers.execute_async(be_told, "a node is taken away", 0)
         elif isinstance(current_state, ResizingState):
             workers = current_state.scaling_decision.num_workers
-            said = self._workers.execute_async(be_told, f"the nodes have room for {workers} workers", PATIENCE_S)
+            said = self._workers.execute_async(be_told, f"there is room for {workers} of the workers", PATIENCE_S)
             ray.wait(said, num_returns=len(said), timeout=PATIENCE_S)
 
 
