@@ -7,13 +7,18 @@ ROOT   ?= $(CURDIR)/yard
 PRESET ?= digits
 FLAGS  ?=
 
-.PHONY: train test lint ui clean
+.PHONY: train test test-faults lint ui clean
 
 train: $(VENV)/.installed  ## real images → trained network → samples → score → pictures
 	$(BIN)/python jobs/train.py $(PRESET) --root $(ROOT) $(FLAGS)
 
 test: $(VENV)/.installed-test  ## the whole suite
 	$(BIN)/python -m pytest
+
+test-faults: $(VENV)/.installed-test  ## what docs/faults.md promises: kills, hangs, lost nodes, bad storage
+	$(BIN)/python -m pytest tests/faults tests/jobs/test_road.py tests/jobs/test_s3_road.py \
+		tests/pipelines/test_exactness.py tests/pipelines/test_foreman.py tests/pipelines/test_watch.py \
+		tests/pipelines/test_checkpoints.py
 
 lint: $(VENV)/.installed-test  ## style, types, layers
 	$(BIN)/ruff check .

@@ -200,7 +200,7 @@ def fit(  # noqa: PLR0912, PLR0915  (the one long story)
                 listener.picture(grid, state.position)
 
         # Commit, in its rhythm or because a worker is about to be taken away.
-        leaving = listener.notice()
+        leaving = listener.notice() and state.position < config.images
         if leaving or state.position % config.checkpoint_images == 0 or state.position == config.images:
             world.sum(state.losses)
             if world.rank > 0:

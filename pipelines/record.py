@@ -56,7 +56,25 @@ class Started:
     workers: int
 
 
-Message: TypeAlias = Report | Picture | Committed | Started
+@dataclass(frozen=True)
+class Left:
+    """The workers have left of themselves at a position, to be started again there."""
+
+    position: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Hanging:
+    """A worker has waited for too long after a position, and ends itself."""
+
+    position: int
+    rank: int
+    seconds: float
+    stacks: str
+
+
+Message: TypeAlias = Report | Picture | Committed | Started | Left | Hanging
 
 
 class Record:
@@ -97,6 +115,13 @@ class Record:
                 log.info("checkpoint at %d images, %.2f s", position, seconds)
                 self._tracker.metrics({"checkpoint_s": seconds}, position)
                 self._on_commit(position)
+            case Left(position, reason):
+                log.info("the workers leave at %d images: %s", position, reason)
+            case Hanging(position, rank, seconds, stacks):
+                log.error(
+                    "worker %d has made no step for %g s after %d images, and is given up; a worker that says nothing "
+                    "is the one that the others wait for; its threads:\n%s", rank, seconds, position, stacks,
+                )  # fmt: skip
             case Started(position, workers):
                 log.info("%d workers train from %d images on", workers, position)
 

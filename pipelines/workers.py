@@ -3,27 +3,29 @@
 The *controller* of Ray Train opens the stream, anew at each start of the workers, at the position of the newest valid
 checkpoint. The *workers* load that checkpoint and run :func:`pipelines.fit.fit`. What rank 0 has to say travels
 through a bounded queue to the driver, which alone speaks to the tracker: so no tracker can hold a worker up.
+How workers leave before the end is in :mod:`pipelines.foreman`.
 """
 
 import functools
 import logging
 import math
+import os
 import signal
+import tempfile
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import NoReturn
 
-import pyarrow.fs
 import ray
 import ray.train
 import torch
 import torch.distributed as dist
 from ray.train import DataConfig as RayDataConfig
-from ray.train import FailureConfig, LoggingConfig, RunConfig, UserCallback
+from ray.train import FailureConfig, LoggingConfig, RunConfig
 from ray.train import ScalingConfig as RayScalingConfig
-from ray.train.torch import TorchTrainer, get_device
+from ray.train.torch import get_device
 from ray.util.queue import Full, Queue
 from torch import Tensor
 
@@ -33,16 +35,21 @@ from pipelines import checkpoints, snapshots
 from pipelines.checkpoints import Checkpoint
 from pipelines.cluster import check_node_labels
 from pipelines.config import TrainJob
-from pipelines.errors import DataError, TryAgainError, ours
+from pipelines.errors import TryAgainError, ours
 from pipelines.fit import Listener, State, fit, new_state
+from pipelines.foreman import Foreman, NotAgain, Notice, Trainer, leave, present
 from pipelines.images import View
 from pipelines.manifest import Manifest
 from pipelines.plan import Plan, window_batches
-from pipelines.record import MAX_WAITING, Committed, Message, Picture, Record, Report, Started
+from pipelines.record import MAX_WAITING, Committed, Hanging, Left, Message, Picture, Record, Report, Started
 from pipelines.storage import Folder
 from pipelines.stream import Deal, ReadWindow, batches, execution_options, open_stream
 from pipelines.tracking import Tracker
+from pipelines.watch import Watch
 from pipelines.world import World
+
+HEALTH_MARGIN_S = 60.0
+"""Beyond scaling.hang_s, after which Ray Train gives a worker up that does not answer."""
 
 log = logging.getLogger("brickyard.train")
 
@@ -93,12 +100,13 @@ class TrainTask:
         )
 
 
-@dataclass(frozen=True)
 class WorkerListener(Listener):
-    """Takes what the loop says, on a worker."""
+    """Takes what the loop says, on a worker. (all ranks)"""
 
-    task: TrainTask
-    world: World
+    def __init__(self, task: TrainTask, world: World, start: int) -> None:
+        self.task, self.world = task, world
+        self._position, self._notice = start, Notice(world)
+        self._watch = Watch(task.job.scaling.hang_s, self._hanging)
 
     def report(self, metrics: dict[str, float], position: int) -> None:
         self.send(Report(position, metrics))
@@ -106,7 +114,27 @@ class WorkerListener(Listener):
     def picture(self, pixels: Tensor, position: int) -> None:
         self.send(Picture(position, pixels.cpu()))
 
+    def notice(self) -> bool:
+        """Whether the workers must leave; the same on all ranks, once a step."""
+        self._position += self.task.job.fit.batch_images
+        self._watch.step()
+        return self._notice()
+
+    def leave(self, state: State) -> NoReturn:
+        """Go, to be started again from the checkpoint that was just committed."""
+        if self.world.rank == 0:
+            self.send(Left(state.position, self._notice.why))
+        leave()
+
+    def _hanging(self, stacks: str) -> None:
+        self.send(Hanging(self._position, self.world.rank, self.task.job.scaling.hang_s, stacks))
+
+    def flush(self) -> None:
+        """Wait for what is written in the background: nothing is."""
+        self._watch.pause()
+
     def checkpoint(self, state: State) -> None:
+        self._watch.pause()
         began = time.perf_counter()
         about = self.task.about
         if self.world.rank == 0:  # before the manifest, which names them
@@ -115,6 +143,7 @@ class WorkerListener(Listener):
         if self.world.rank == 0:
             checkpoints.keep_newest(self.task.job.run, self.task.job.keep_checkpoints, state.position)
             self.send(Committed(state.position, time.perf_counter() - began))
+        self._watch.step()
 
     def send(self, message: Message) -> None:
         """Hand a message to the driver, or drop it: the record never holds training up."""
@@ -142,11 +171,12 @@ def train_worker(task: TrainTask) -> None:
         dist.broadcast_object_list(found)
     if found[0]:
         checkpoints.load(*found[0], state, world)  # … 2. or of the newest checkpoint
-    listener = WorkerListener(task, world)
+    listener = WorkerListener(task, world, state.position)
     if world.rank == 0:
         listener.send(Started(state.position, world.size))
     stream = batches(ray.train.get_dataset_shard("train"), task.deal(state.position), world.rank, world.size)
-    fit(job.fit, state, schedule, job.seed, stream, listener, world)
+    with present():
+        fit(job.fit, state, schedule, job.seed, stream, listener, world)
 
 
 def run_workers(
@@ -178,24 +208,26 @@ def run_workers(
 
 
 def _run_ray_train(job: TrainJob, task: TrainTask) -> None:
-    # What Ray Train keeps of its own is of no use to us after a crash and can be in the way: our manifests say where to
-    # go on. So each start has a folder of its own there, and it is deleted at the end.
-    folder, name = job.run, f"ray-{uuid.uuid4().hex}"
-    filesystem = None if folder.is_local else pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(folder.filesystem))
-    trainer = TorchTrainer(
+    scaling = job.scaling
+    # A process that does not even answer. Later than its peers, who wait for it and then say where.
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(scaling.hang_s + HEALTH_MARGIN_S)
+    # What Ray Train keeps of its own is empty, since nothing is reported to it, and its controller runs on this node.
+    # So it lies here, out of reach of what befalls the run's storage, and each start has a folder of its own.
+    own = tempfile.TemporaryDirectory(prefix="brickyard-ray-", ignore_cleanup_errors=True)
+    trainer = Trainer(
         functools.partial(train_worker, task),
         scaling_config=RayScalingConfig(
-            num_workers=job.scaling.workers,
-            use_gpu=job.scaling.use_gpu,
-            resources_per_worker={"CPU": job.scaling.cpus_per_worker},
+            num_workers=(scaling.min_workers, scaling.workers) if scaling.min_workers else scaling.workers,
+            elastic_resize_monitor_interval_s=scaling.resize_s,
+            use_gpu=scaling.use_gpu,
+            resources_per_worker={"CPU": scaling.cpus_per_worker},
         ),
         run_config=RunConfig(
-            name=name,
-            storage_path=folder.path(),
-            storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=job.scaling.max_failures),
-            callbacks=[NotAgain()],
+            name=Path(own.name).name,
+            storage_path=own.name,
+            failure_config=FailureConfig(max_failures=scaling.max_failures),
             logging_config=LoggingConfig(log_level="ERROR"),
+            callbacks=[Foreman(), NotAgain()],
         ),
         datasets={"train": task.open},
         dataset_config=RayDataConfig(execution_options=execution_options(), enable_shard_locality=False),
@@ -213,15 +245,4 @@ def _run_ray_train(job: TrainJob, task: TrainTask) -> None:
         ) from error
     finally:
         signal.signal(signal.SIGINT, on_interrupt)  # Ray Train leaves its own behind
-        try:
-            (folder / name).delete()
-        except (DataError, TryAgainError) as error:
-            log.warning("what Ray Train kept of its own stays: %s", error)
-
-
-class NotAgain(UserCallback):  # type: ignore[misc]
-    """Ends the run at an error of ours, which workers that start again would only meet again. (controller)"""
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        for told in filter(None, map(ours, worker_exceptions.values())):
-            raise told  # Ray Train answers an error in here with the end
+        own.cleanup()

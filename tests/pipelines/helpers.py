@@ -1,6 +1,6 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import ray
@@ -121,6 +121,13 @@ class Ear(Listener):
         self.checkpoints.append(state.position)
         if self._on_checkpoint:
             self._on_checkpoint(state)
+
+    def notice(self) -> bool:
+        return False
+
+    def flush(self) -> None: ...
+    def leave(self, state: State) -> NoReturn:
+        raise AssertionError("nobody asked to")
 
 
 class WhereItWrites(WritePart):

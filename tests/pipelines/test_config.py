@@ -1,5 +1,6 @@
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,6 +10,7 @@ from pipelines.config import DrawConfig, SampleJob, TrainJob
 from pipelines.errors import ConfigurationError
 from pipelines.fit_config import FitConfig
 from pipelines.plain import file_as_flags, flatten, from_dict, to_dict, to_yaml
+from pipelines.scaling import ScalingConfig
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -81,6 +83,24 @@ def test_what_a_checkpoint_kept_is_checked_when_it_is_read() -> None:
 def test_a_bad_training_job_is_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         replace(PRESETS["digits"][1], **change)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"min_workers": 3, "workers": 2},
+            r"scaling\.min_workers is 3; it must lie in 0\.\.scaling\.workers, which is 2",
+        ),
+        ({"min_workers": -1}, r"scaling\.min_workers is -1"),
+        ({"hang_s": 0}, r"scaling\.hang_s is 0; it must be positive"),
+        ({"resize_s": -1}, r"scaling\.resize_s is -1; it must be positive"),
+        ({"max_failures": -1}, r"scaling\.max_failures is -1"),
+    ],
+)
+def test_bad_scaling_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        ScalingConfig(**change)
 
 
 def test_more_steps_than_the_schedule_has_are_refused() -> None:

@@ -177,25 +177,27 @@ class Noticed(Ear):
         self.left = state.position
 
 
-def test_a_notice_becomes_a_checkpoint_and_the_reports_go_on_as_if_nothing_had_been(
-    digits: Digits, tiny_fit: FitConfig, folder: Folder
+@pytest.mark.parametrize("at", [96, 128, 384], ids=["between two", "beside one that is due", "at the end"])
+def test_a_notice_becomes_a_checkpoint_and_all_goes_on_as_if_nothing_had_been(
+    at: int, digits: Digits, tiny_fit: FitConfig, folder: Folder
 ) -> None:
-    """At 96 images, in the middle of a report and between two checkpoints: bit for bit, the curve as well."""
+    """Bit for bit, and so does the curve, of which 96 images are the middle of a point."""
     whole, ear = tiny_state(tiny_fit), Ear()
     fit(tiny_fit, whole, article(), 0, micro_batches(digits[0], tiny_fit), ear)
-    noticed = Noticed(96, lambda state: checkpoints.commit(folder, state, ABOUT, World()))
+    noticed = Noticed(at, lambda state: checkpoints.commit(folder, state, ABOUT, World()) and None)
     fit(tiny_fit, tiny_state(tiny_fit), article(), 0, micro_batches(digits[0], tiny_fit), noticed)
-    assert (noticed.left, noticed.checkpoints) == (96, [96])
+    assert noticed.left == (at if at < 384 else 0), "at the end nobody leaves any more"
+    assert noticed.checkpoints == [due for due in (96, 128, 256, 384) if due == at or 96 < due < at]
     found = checkpoints.newest(folder)
-    assert found and found[1].position == 96
+    assert found and found[1].position == at
     state, rest = tiny_state(tiny_fit, seed=1), Ear()
     checkpoints.load(*found, state, World())
-    fit(tiny_fit, state, article(), 0, micro_batches(digits[0], tiny_fit, start=96), rest)
+    fit(tiny_fit, state, article(), 0, micro_batches(digits[0], tiny_fit, start=at), rest)
     assert torch.equal(everything(state), everything(whole))
-    told = [
-        (position, metrics["loss"], metrics["gradient_norm"]) for position, metrics in noticed.reports + rest.reports
-    ]
-    assert told == [(position, metrics["loss"], metrics["gradient_norm"]) for position, metrics in ear.reports]
+    both = noticed.reports + rest.reports
+    for name in ("loss", "loss_band_1_of_4", "gradient_norm"):
+        told = [(position, metrics[name]) for position, metrics in both]
+        assert told == [(position, metrics[name]) for position, metrics in ear.reports]
 
 
 def test_pixels_survive_the_way_to_x_0_and_back() -> None:

@@ -142,3 +142,10 @@ def test_uniforms_are_the_words_of_the_noise() -> None:
     drawn = words(3, "crop", torch.from_numpy(position), step=0, blocks=1)
     expected = torch.cat(drawn[:2], dim=1).numpy() * 2.0**-32
     assert np.array_equal(uniforms(3, "crop", position), expected)
+
+
+def test_fewer_images_than_a_batch_come_up_again_epoch_by_epoch() -> None:
+    """The rule: a batch may hold several epochs; none is padded, and no image is left out."""
+    rows = Plan(0, 5, 4, 512).rows(0, 32)
+    epochs = [sorted(rows[first : first + 5].tolist()) for first in range(0, 30, 5)]
+    assert epochs == [[0, 1, 2, 3, 4]] * 6

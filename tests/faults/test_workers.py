@@ -1,0 +1,177 @@
+"""Nodes that go and come, workers that hang, and errors that no new start would mend: real raylets, real signals.
+
+One cluster for all, with a worker to a node; each job is the command of a user that joins it.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.cluster_utils import Cluster
+
+from pipelines import checkpoints
+from pipelines.storage import Folder
+from tests.processes import CODE, kill, of_session, wait_for, without_ray
+
+pytestmark = pytest.mark.ray
+
+FLAGS = [
+    "--fit.log-images=640", "--fit.checkpoint-images=1280", "--fit.warm-up-images=640", "--evaluate-images=0",
+    "--tracking.uri=none", "--scaling.cpus-per-worker=2",
+]  # fmt: skip
+QUICK = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "2",
+}
+"""Ray's own times, shorter; what is tried stays the same."""
+
+
+class Yard:
+    """A cluster of a head, where there is room to read but not to train, and of nodes of one worker each."""
+
+    def __init__(self) -> None:
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        self.nodes: list[Any] = []
+
+    def grow(self, nodes: int) -> None:
+        while len(self.nodes) < nodes:
+            self.nodes.append(self.cluster.add_node(num_cpus=3))
+
+    def drain(self, node: Any, seconds: int) -> None:
+        """A cloud's notice that a node is about to be taken away."""
+        ray = str(Path(sys.executable).parent / "ray")
+        words = [ray, "drain-node", f"--address={self.cluster.address}", f"--node-id={node.node_id}",
+                 "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=taken back",
+                 f"--deadline-remaining-seconds={seconds}"]  # fmt: skip
+        subprocess.run(words, check=True, capture_output=True)
+
+    def lose(self, node: Any) -> None:
+        self.cluster.remove_node(node, allow_graceful=False)
+        self.nodes = [other for other in self.nodes if other is not node]
+
+
+@pytest.fixture(scope="module")
+def yard() -> Iterator[Yard]:
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in QUICK.items():
+            environment.setenv(name, value)
+        yard = Yard()
+        yield yard
+        yard.cluster.shutdown()
+
+
+class Job:
+    """A training job as a process, and what it has said so far."""
+
+    def __init__(self, yard: Yard, root: Path, *flags: str) -> None:
+        self.root, self._log = root, root.with_suffix(".log")
+        with self._log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "jobs/train.py", "digits", f"--root={root}", *FLAGS, *flags],
+                cwd=CODE, text=True, stdout=subprocess.PIPE, stderr=log, start_new_session=True,
+                env=without_ray() | QUICK | {"RAY_ADDRESS": yard.cluster.address, "OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+
+    @property
+    def said(self) -> str:
+        return self._log.read_text()
+
+    @property
+    def starts(self) -> list[tuple[int, int]]:
+        """Number of workers and position of each start."""
+        found = re.findall(r"(\d+) workers train from (\d+) images on", self.said)
+        return [(int(workers), int(position)) for workers, position in found]
+
+    @property
+    def left(self) -> list[tuple[int, str]]:
+        found = re.findall(r"the workers leave at (\d+) images: (.*)", self.said)
+        return [(int(position), why) for position, why in found]
+
+    @property
+    def seen(self) -> int:
+        """Images, as last reported."""
+        found = re.findall(r"([\d,]+) of [\d,]+ images ·", self.said)
+        return int(found[-1].replace(",", "")) if found else 0
+
+    def wait_for(self, condition: Any) -> None:
+        try:
+            wait_for(condition, self.process)
+        except (AssertionError, AttributeError) as error:
+            kill(self.process)
+            raise AssertionError(self.said[-5000:]) from error
+
+    def finish(self, code: int) -> dict[str, Any]:
+        out, _ = self.process.communicate(timeout=300)
+        assert self.process.returncode == code, self.said[-5000:]
+        return json.loads(out.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def train_workers() -> list[int]:
+    """The processes of the workers that train: children of the raylets, which are children of this process."""
+    return sorted(of_session(os.getsid(0), b"ray::RayTrainWorker"))
+
+
+def test_nodes_that_go_and_come(yard: Yard, tmp_path: Path) -> None:
+    """A notice, more room, and a node that dies: 2 → 1 → 2 → 1 workers, within one job."""
+    yard.grow(2)
+    job = Job(yard, tmp_path / "job", "--fit.images=128000000", "--scaling.min-workers=1", "--scaling.resize-s=3")
+    job.wait_for(lambda: job.seen > 0)
+    taken = yard.nodes[1]
+    yard.drain(taken, seconds=60)
+    job.wait_for(lambda: len(job.starts) == 2)
+    assert [workers for workers, _ in job.starts] == [2, 1]
+    (left,) = job.left
+    assert left[0] == job.starts[1][1], "nothing is computed again"
+    # The controller hears of the notice, or looks for how many workers there is room: both are well.
+    assert left[1] in ("a node is taken away", "there is room for 1 of the workers")
+
+    yard.lose(taken)
+    yard.grow(2)
+    job.wait_for(lambda: len(job.starts) == 3)
+    assert job.starts[2] == (2, job.left[1][0]) and job.left[1][1] == "there is room for 2 of the workers"
+
+    job.wait_for(lambda: job.seen > job.starts[2][1] + 1280)
+    yard.lose(yard.nodes[1])
+    job.wait_for(lambda: len(job.starts) == 4)
+    assert job.starts[3][0] == 1 and job.starts[3][1] >= job.starts[2][1] + 1280
+    assert job.seen - job.starts[3][1] <= 1280
+
+    seen = job.seen
+    job.wait_for(lambda: job.seen > seen)
+    job.process.send_signal(signal.SIGTERM)
+    assert job.finish(130)["error"] == "interrupted"
+
+
+def test_a_worker_that_stands_still_is_found_and_replaced(yard: Yard, tmp_path: Path) -> None:
+    yard.grow(2)
+    job = Job(yard, tmp_path / "job", "--fit.images=128000000", "--scaling.hang-s=8")
+    job.wait_for(lambda: job.seen > 0)
+    stopped = train_workers()[1]
+    os.kill(stopped, signal.SIGSTOP)
+    job.wait_for(lambda: len(job.starts) == 2)
+    assert not Path(f"/proc/{stopped}").exists(), "it would hold its GPU, and might go on"
+    (waiting,) = set(re.findall(r"worker (\d) has made no step for 8 s", job.said))
+    assert "pipelines/fit.py" in job.said and waiting in "01"
+    assert job.starts[1][0] == 2
+    seen = job.seen
+    job.wait_for(lambda: job.seen > seen)
+    job.process.send_signal(signal.SIGINT)
+    assert job.finish(130)["error"] == "interrupted"
+
+
+def test_a_gradient_that_is_not_finite_ends_the_job_at_once(yard: Yard, tmp_path: Path) -> None:
+    yard.grow(2)
+    job = Job(yard, tmp_path / "job", "--fit.images=12800", "--fit.learning-rate=1e30", "--fit.grid-images=12800")
+    error = job.finish(1)["error"]
+    assert re.match(r"the gradient of positions \d+\.\.\d+ is (nan|inf)", error)
+    assert len(job.starts) == 1, "a new start would end the same"
+    newest = checkpoints.newest(Folder(str(tmp_path / "job" / "runs" / "digits")))
+    assert newest is None or newest[1].position <= int(re.findall(r"\d+", error)[0])

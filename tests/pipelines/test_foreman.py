@@ -1,0 +1,61 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
+
+from pipelines.errors import DataError, TryAgainError
+from pipelines.fit import DivergedError
+from pipelines.foreman import NotAgain, leave
+from tests.processes import CODE
+
+
+def poll(errors: dict[int, Exception]) -> None:
+    NotAgain().after_exception(None, errors)
+
+
+@pytest.mark.parametrize("error", [TryAgainError("storage"), DataError("a shard"), DivergedError("positions 0..31")])
+def test_an_error_of_ours_ends_the_job_whoever_has_it(error: Exception) -> None:
+    with pytest.raises(type(error)) as alone:
+        poll({0: RuntimeError("connection closed by peer"), 1: error})
+    assert alone.value is error
+    of_a_task = RayTaskError("read", "traceback", error).as_instanceof_cause()
+    with pytest.raises(type(error)) as within:
+        poll({1: of_a_task})
+    assert within.value is error, "as it was raised, without Ray's frame around it"
+
+
+def test_a_worker_that_dies_or_leaves_is_left_to_ray() -> None:
+    with pytest.raises(RayActorError) as left:
+        leave()
+    assert left.value.preempted, "Ray counts it as a preemption, not as a failure"
+    poll({0: ActorDiedError(), 1: RuntimeError("connection closed by peer"), 2: left.value})
+
+
+RANK = """
+import sys, time
+import torch.distributed as dist
+from pipelines.foreman import Notice, be_told
+from pipelines.world import World
+
+folder, rank = sys.argv[1], int(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", world_size=3, rank=rank)
+notice = Notice(World(rank, 3))
+for step in range(100):
+    if (rank, step) == (1, 5):
+        be_told("a node is taken away", 0)
+    time.sleep(0.01 * rank)
+    if notice():
+        break
+print(step)
+dist.destroy_process_group()
+"""
+
+
+def test_all_ranks_leave_after_the_same_step_whoever_was_told(tmp_path: Path) -> None:
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", RANK, tmp_path, str(rank)], cwd=CODE, stdout=subprocess.PIPE, text=True)
+        for rank in range(3)
+    ]
+    assert [rank.communicate(timeout=300)[0] for rank in ranks] == ["6\n"] * 3
