@@ -12,9 +12,13 @@ AdamW (fused), the average of the weights. Told are, of the worker that has most
 - ``peak``: how far the two steps raised it as well, at the highest. On the CPU that is resident memory over what the
   process had after its imports, out of /proc, which needs Linux; on a GPU, what torch had allocated.
 
+glibc keeps what is freed in pieces of up to 32 MB, and blocks that come and go leave holes in it: it is told to give
+back what is above 64 kB (MALLOC_MMAP_THRESHOLD_), unless the variable is set already.
+
 Target: what is held falls as 1/W.
 """
 
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +132,7 @@ Told = list[int]
 
 def main() -> None:
     settings = tyro.cli(Settings, description=__doc__)
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
     print("| W | strategy | parameters | gradients | moments | average | held | ÷ W = 1 | constructed | peak |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     whole = 5 * sum(4 * p.numel() for p in on_meta(settings).parameters())

@@ -40,7 +40,7 @@ class ParallelConfig:
     precision: Precision = "float32"
     """What is computed in: weights, their gradients, the optimizer and the averages are float32 either way."""
     checkpoint_activations: bool = False
-    """Keep only what goes into each block and compute the rest again on the way back: less memory, a third more work."""
+    """Keep only what goes into each block and compute the rest again on the way back: for a third more work."""
     compile: bool = False
     """Compile each block; it takes a C++ compiler (CPU) or Triton (GPU), and a while at the first step."""
 
@@ -150,9 +150,10 @@ def accumulating(parallel: nn.Module, last: bool) -> Iterator[None]:
 
 @torch.no_grad()
 def clip_gradient(model: nn.Module, longest: float) -> Tensor:
-    """Shorten the gradient to a norm of at most ``longest``; return the norm that it had, equal on all ranks. (all ranks)
+    """Shorten the gradient to a norm of at most ``longest`` and return the norm that it had. (all ranks)
 
-    It is that of the whole gradient, however it is shared out. Where any worker's part is not finite, neither is it.
+    It is that of the whole gradient, however it is shared out, and equal on all ranks: where any worker's part is not
+    finite, neither is it.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
@@ -166,7 +167,7 @@ Forward: TypeAlias = Callable[..., Any]
 
 
 def _wrap(module: nn.Module, how: Callable[[Forward], Forward]) -> None:
-    module.forward = how(module.forward)  # type: ignore[method-assign]
+    module.forward = how(module.forward)
 
 
 def _checkpointed(forward: Forward) -> Forward:

@@ -211,6 +211,8 @@ def _run_ray_train(job: TrainJob, task: TrainTask) -> None:
     scaling = job.scaling
     # A process that does not even answer. Later than its peers, who wait for it and then say where.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(scaling.hang_s + HEALTH_MARGIN_S)
+    if scaling.min_workers:  # a node may have died that Ray still counts on: find out soon how many are left
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
     # What Ray Train keeps of its own is empty, since nothing is reported to it, and its controller runs on this node.
     # So it lies here, out of reach of what befalls the run's storage, and each start has a folder of its own.
     own = tempfile.TemporaryDirectory(prefix="brickyard-ray-", ignore_cleanup_errors=True)

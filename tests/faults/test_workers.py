@@ -9,7 +9,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +104,7 @@ class Job:
     def wait_for(self, condition: Any) -> None:
         try:
             wait_for(condition, self.process)
-        except (AssertionError, AttributeError) as error:
-            kill(self.process)
+        except (AssertionError, AttributeError) as error:  # what it said is not in a pipe
             raise AssertionError(self.said[-5000:]) from error
 
     def finish(self, code: int) -> dict[str, Any]:
@@ -114,15 +113,23 @@ class Job:
         return json.loads(out.splitlines()[-1])  # type: ignore[no-any-return]
 
 
+@pytest.fixture
+def start(yard: Yard, tmp_path: Path) -> Iterator[Callable[..., Job]]:
+    jobs: list[Job] = []
+    yield lambda *flags: jobs.append(Job(yard, tmp_path / "job", *flags)) or jobs[-1]
+    for job in jobs:
+        kill(job.process)  # or it would keep the workers' places
+
+
 def train_workers() -> list[int]:
     """The processes of the workers that train: children of the raylets, which are children of this process."""
     return sorted(of_session(os.getsid(0), b"ray::RayTrainWorker"))
 
 
-def test_nodes_that_go_and_come(yard: Yard, tmp_path: Path) -> None:
+def test_nodes_that_go_and_come(yard: Yard, start: Callable[..., Job]) -> None:
     """A notice, more room, and a node that dies: 2 → 1 → 2 → 1 workers, within one job."""
     yard.grow(2)
-    job = Job(yard, tmp_path / "job", "--fit.images=128000000", "--scaling.min-workers=1", "--scaling.resize-s=3")
+    job = start("--fit.images=128000000", "--scaling.min-workers=1", "--scaling.resize-s=3")
     job.wait_for(lambda: job.seen > 0)
     taken = yard.nodes[1]
     yard.drain(taken, seconds=60)
@@ -139,10 +146,10 @@ def test_nodes_that_go_and_come(yard: Yard, tmp_path: Path) -> None:
     assert job.starts[2] == (2, job.left[1][0]) and job.left[1][1] == "there is room for 2 of the workers"
 
     job.wait_for(lambda: job.seen > job.starts[2][1] + 1280)
+    seen = job.seen
     yard.lose(yard.nodes[1])
     job.wait_for(lambda: len(job.starts) == 4)
-    assert job.starts[3][0] == 1 and job.starts[3][1] >= job.starts[2][1] + 1280
-    assert job.seen - job.starts[3][1] <= 1280
+    assert job.starts[3][0] == 1 and job.starts[3][1] >= seen - 1280, "a checkpoint interval at most"
 
     seen = job.seen
     job.wait_for(lambda: job.seen > seen)
@@ -150,9 +157,9 @@ def test_nodes_that_go_and_come(yard: Yard, tmp_path: Path) -> None:
     assert job.finish(130)["error"] == "interrupted"
 
 
-def test_a_worker_that_stands_still_is_found_and_replaced(yard: Yard, tmp_path: Path) -> None:
+def test_a_worker_that_stands_still_is_found_and_replaced(yard: Yard, start: Callable[..., Job]) -> None:
     yard.grow(2)
-    job = Job(yard, tmp_path / "job", "--fit.images=128000000", "--scaling.hang-s=8")
+    job = start("--fit.images=128000000", "--scaling.hang-s=8")
     job.wait_for(lambda: job.seen > 0)
     stopped = train_workers()[1]
     os.kill(stopped, signal.SIGSTOP)
@@ -167,9 +174,11 @@ def test_a_worker_that_stands_still_is_found_and_replaced(yard: Yard, tmp_path: 
     assert job.finish(130)["error"] == "interrupted"
 
 
-def test_a_gradient_that_is_not_finite_ends_the_job_at_once(yard: Yard, tmp_path: Path) -> None:
+def test_a_gradient_that_is_not_finite_ends_the_job_at_once(
+    yard: Yard, start: Callable[..., Job], tmp_path: Path
+) -> None:
     yard.grow(2)
-    job = Job(yard, tmp_path / "job", "--fit.images=12800", "--fit.learning-rate=1e30", "--fit.grid-images=12800")
+    job = start("--fit.images=12800", "--fit.learning-rate=1e30", "--fit.grid-images=12800")
     error = job.finish(1)["error"]
     assert re.match(r"the gradient of positions \d+\.\.\d+ is (nan|inf)", error)
     assert len(job.starts) == 1, "a new start would end the same"

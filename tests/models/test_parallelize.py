@@ -23,7 +23,7 @@ from models.parallelize import ParallelConfig, accumulating, clip_gradient, cons
 from models.unet import UNet, UNetConfig
 
 CPU, SEED, BATCH, STEPS, LONGEST = torch.device("cpu"), 3, 8, 3, 0.1
-# What the compiler does with a graph needs a C++ compiler, which not every machine has; what it makes a graph of does not.
+# What becomes of a graph needs a C++ compiler, which not every machine has; what becomes a graph does not.
 GRAPHS_ONLY = functools.partial(torch.compile, backend="aot_eager")
 COMPILERS_OWN_WARNING = "The .grad attribute of a Tensor that is not a leaf"
 NETWORKS = {
@@ -296,8 +296,8 @@ def test_a_gradient_that_is_not_finite_is_seen_by_all(case, workers):
 
 
 def assert_lowered(found, kind):
-    """bfloat16 rounds to within 2⁻⁸ of a number. On its way a value is rounded some 16 times, and there and back 32 times,
-    at random: within 2⁻⁸ √32 = 2.2 % of the whole, for which twice is allowed. Less than 10⁻⁴ would be float32."""
+    """bfloat16 rounds to within 2⁻⁸ of a number. A value is rounded some 16 times on its way, 32 times there and back: at
+    random, so within 2⁻⁸ √32 = 2.2 % of the whole, of which twice is allowed. Less than 10⁻⁴ would be float32."""
     expected = alone(kind, torch.float32, steps=1)
     assert found["dtypes"] == ["torch.float32"]
     assert found["losses"] == pytest.approx(expected["losses"], rel=0.045)
@@ -372,8 +372,8 @@ def test_a_short_gradient_stays_as_it_is_and_its_norm_is_told():
 
 def test_workers_that_cannot_share_are_refused_by_all_with_every_factor(workers):
     said = (
-        "parallel.shards is 3; scaling.workers = 4 is not a multiple of it: take one of [2, 4] as parallel.shards, other "
-        "workers, or parallel.strategy fsdp"
+        "parallel.shards is 3; scaling.workers = 4 is not a multiple of it: take one of [2, 4] as parallel.shards, "
+        "other workers, or parallel.strategy fsdp"
     )
     assert [found["refused"] for found in workers[4]] == [said] * 4
 
@@ -391,10 +391,7 @@ def test_who_shares_a_copy():
         ({"strategy": "pipeline"}, "parallel.strategy is 'pipeline'; it must be one of ddp, fsdp, hybrid"),
         ({"precision": "float16"}, "parallel.precision is 'float16'; it must be one of float32, bfloat16"),
         ({"strategy": "hybrid"}, "parallel.shards is 1 and parallel.strategy hybrid; at least 2 .* try 2, or"),
-        (
-            {"strategy": "fsdp", "shards": 2},
-            "parallel.shards is 2 and parallel.strategy fsdp; only hybrid .* take 1, or",
-        ),
+        ({"strategy": "fsdp", "shards": 2}, "parallel.shards is 2 and parallel.strategy fsdp; only hybrid .* 1, or"),
     ],
 )
 def test_settings_that_do_not_go_together_are_named(settings, message):
