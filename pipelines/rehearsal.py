@@ -37,7 +37,7 @@ def dry_run(job: TrainJob) -> dict[str, Any]:
         shape = data.config if isinstance(data, IngestPlan) else data
         view = job.data.view(shape.side, shape.channels)
     check_shape(job, view)
-    found = checkpoints.newest(job.run)
+    found = checkpoints.newest(job.run, verified=False)
     return {
         "dry_run": True,
         "images_in_data": images,

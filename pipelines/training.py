@@ -130,7 +130,9 @@ def _train_on(job: TrainJob, data: Folder, manifest: Manifest) -> dict[str, Any]
 
 
 def _train(job: TrainJob, data: Folder, manifest: Manifest, about: Checkpoint, tracker: Tracker) -> dict[str, Any]:
-    found = checkpoints.newest(job.run)
+    found = checkpoints.newest(job.run, verified=False)  # those who start the workers read every byte
+    if found and found[1].position >= job.fit.images:
+        found = checkpoints.newest(job.run)  # but here nobody else would
     if found and found[1].position >= job.fit.images:
         log.info("%s has seen its %d images; nothing to train", job.run.url, found[1].position)
         return {"trained_images": 0}

@@ -9,15 +9,14 @@ import functools
 import logging
 import math
 import signal
-import time
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 
 import pyarrow.fs
 import ray
 import ray.train
 import torch
-import torch.distributed as dist
 from ray.train import DataConfig as RayDataConfig
 from ray.train import FailureConfig, LoggingConfig, RunConfig
 from ray.train import ScalingConfig as RayScalingConfig
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from models.init import empty, initialize
 from models.network import build
-from pipelines import checkpoints, snapshots
+from pipelines import checkpoints
 from pipelines.checkpoints import Checkpoint
 from pipelines.cluster import check_node_labels
 from pipelines.config import TrainJob
@@ -36,7 +35,8 @@ from pipelines.fit import DivergedError, State, fit, new_state
 from pipelines.images import View
 from pipelines.manifest import Manifest
 from pipelines.plan import Plan, window_batches
-from pipelines.record import MAX_WAITING, Committed, Diverged, Message, Picture, Record, Report, Started
+from pipelines.record import MAX_WAITING, Committed, Diverged, Message, NotCommitted, Picture, Record, Report, Started
+from pipelines.saver import Saved, Saver
 from pipelines.storage import Folder
 from pipelines.stream import Deal, ReadWindow, batches, execution_options, open_stream
 from pipelines.tracking import Tracker
@@ -72,8 +72,7 @@ class TrainTask:
 
     def open(self) -> ray.data.Dataset:
         """Open the stream where the newest valid checkpoint is. Called by the controller at each start."""
-        found = checkpoints.newest(self.job.run)
-        deal, config = self.deal(found[1].position if found else 0), self.job.data
+        deal, config = self.deal(checkpoints.choose(self.job.run)), self.job.data
         rows = deal.window_batches * deal.batch_images
         read = ReadWindow(
             folder=self.data,
@@ -102,14 +101,22 @@ class WorkerListener:
         self.send(Picture(position, pixels.cpu()))
 
     def checkpoint(self, state: State) -> None:
-        began = time.perf_counter()
-        about = self.task.about
-        if self.world.rank == 0:  # before the manifest, which names them
-            about = replace(about, snapshots=snapshots.keep(self.task.job.run, state))
-        checkpoints.commit(self.task.job.run, state, about, self.world)
-        if self.world.rank == 0:
-            checkpoints.keep_newest(self.task.job.run, self.task.job.keep_checkpoints, state.position)
-            self.send(Committed(state.position, time.perf_counter() - began))
+        self.saver.save(state)
+
+    def flush(self) -> None:
+        self.saver.flush()
+
+    @cached_property
+    def saver(self) -> Saver:
+        """Made by all ranks together, when the first checkpoint is due."""
+        job = self.task.job
+        return Saver(job.run, self.task.about, self.world, job.keep_checkpoints, self._say_saved)
+
+    def _say_saved(self, saved: Saved) -> None:
+        if saved.failure:
+            self.send(NotCommitted(saved.position, saved.failure))
+        else:
+            self.send(Committed(saved.position, saved.seconds, saved.waited_s, saved.copied_s))
 
     def send(self, message: Message) -> None:
         """Hand a message to the driver, or drop it: the record never holds training up."""
@@ -131,20 +138,19 @@ def train_worker(task: TrainTask) -> None:
     model = model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     schedule = job.schedule.tables()
     state = new_state(model, job.fit, schedule)
-    found = [checkpoints.newest(job.run) if world.rank == 0 else None]
-    if world.size > 1:
-        dist.broadcast_object_list(found)
-    if found[0]:
-        checkpoints.load(*found[0], state, world)  # … 2. or of the newest checkpoint
+    if found := checkpoints.chosen(job.run):
+        checkpoints.load(*found, state)  # … 2. or of the newest checkpoint
     listener = WorkerListener(task, world)
     if world.rank == 0:
         listener.send(Started(state.position, world.size))
     stream = batches(ray.train.get_dataset_shard("train"), task.deal(state.position), world.rank, world.size)
     try:
         fit(job.fit, state, schedule, job.seed, stream, listener, world)
+        listener.flush()
     except DivergedError as error:  # on all ranks at once: to start again would end the same
         if world.rank == 0:
             task.wire.put(Diverged(state.position, str(error)))
+        listener.flush()
 
 
 def run_workers(

@@ -13,7 +13,6 @@ from pipelines.errors import ConfigurationError
 from pipelines.fit import DivergedError, fit, mirrored, pixels_to_x_0, x_0_to_pixels
 from pipelines.fit_config import FitConfig
 from pipelines.storage import Folder
-from pipelines.world import World
 from tests.pipelines.helpers import Ear, micro_batches, tiny_state
 
 Digits = tuple[np.ndarray, np.ndarray]
@@ -112,7 +111,7 @@ def test_a_run_changes_its_workers_half_way(digits: Digits, tiny_fit: FitConfig,
     assert {name.split("_")[2] for name in found[1].files if name != ".metadata"} == {"0", "1"}, "both have written"
 
     state = tiny_state(tiny_fit, seed=1, dtype=torch.float64)
-    checkpoints.load(*found, state, World())
+    checkpoints.load(*found, state)
     fit(tiny_fit, state, article(), 0, micro_batches(digits[0], tiny_fit, start=256), Ear())
     start_workers(tmp_path, 4, stop=384)
     four = torch.load(tmp_path / "rank-0.pt", weights_only=True)["model"]
