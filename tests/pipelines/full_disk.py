@@ -4,6 +4,7 @@
 """
 
 import sys
+import threading
 from pathlib import Path
 
 from pipelines import checkpoints
@@ -14,12 +15,14 @@ from pipelines.world import World
 from tests.pipelines.states import ABOUT, stepped
 
 disk = Path(sys.argv[1])
-run, state = Folder(f"{disk}/run"), stepped(1)
+ended = threading.Event()
+run, state = Folder(f"{disk}/run"), stepped(100)
 
 
 def say(saved: Saved) -> None:
     newest = checkpoints.newest(run)
     sys.stdout.write(f"{saved.position} {newest and newest[1].position} {saved.failure}\n")
+    ended.set()
 
 
 saver = Saver(run, ABOUT, World(), 2, say)
@@ -38,6 +41,8 @@ for position in (100, 200, 300, 400, 500, 600):
     state.position = position
     try:
         saver.save(state)
+        ended.wait()  # to fill the disk meanwhile would be another test
+        ended.clear()
     except TryAgainError as error:
         sys.stdout.write(f"{error}\n")
         sys.exit(75)

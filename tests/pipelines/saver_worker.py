@@ -102,7 +102,7 @@ def dies(folder: Path, world: World) -> None:
 if __name__ == "__main__":
     folder, scenario, size, rank = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting-{scenario}-{sys.argv[-1]}-{size}",
-                            world_size=size, rank=rank)  # fmt: skip
+    meeting = f"file://{folder}/meeting-{'-'.join([scenario, *sys.argv[5:]])}"
+    dist.init_process_group("gloo", init_method=meeting, world_size=size, rank=rank)
     {"chain": chain, "refused": refused, "dies": dies}[scenario](folder, World(rank, size), *sys.argv[5:])
     dist.destroy_process_group()

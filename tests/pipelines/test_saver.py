@@ -106,8 +106,8 @@ def test_the_newest_stay_with_their_snapshots(folder: Folder) -> None:
 
 
 def test_a_full_disk_costs_checkpoints_and_leaves_the_last_one(tmp_path: Path) -> None:
-    """A real one, of 3 MB, that others fill up twice. A checkpoint takes half a MB of it."""
-    mounted = f'mount -t tmpfs -o size=3m disk "{tmp_path}" && exec "$0" -m tests.pipelines.full_disk "{tmp_path}"'
+    """A real one, of 16 MB, that others fill up twice. A checkpoint takes 3 MB of it."""
+    mounted = f'mount -t tmpfs -o size=16m disk "{tmp_path}" && exec "$0" -m tests.pipelines.full_disk "{tmp_path}"'
     private = ["unshare", "--mount", *(["--map-root-user"] if os.getuid() else [])]
     done = subprocess.run(
         [*private, "sh", "-c", mounted, sys.executable], cwd=CODE, capture_output=True, text=True, check=False,
