@@ -7,30 +7,33 @@ revision. torch unpickles the index of such a checkpoint, so nothing is given to
 """
 
 import hashlib
+import io
 import json
 import logging
-import tempfile
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
-from pipelines.errors import DamagedError, DataError
+from pipelines import dcp_files, snapshots
+from pipelines.errors import ConfigurationError, DamagedError, DataError, TryAgainError
 from pipelines.fit import State
 from pipelines.storage import Folder
 from pipelines.world import World
 
 MANIFEST = "manifest.json"
 PREFIX = "checkpoint-"
+CHOSEN = "goes-on-at"
+"""The object of a run that says at which position its workers were last told to go on."""
+T = TypeVar("T")
+Content = dict[str, dict[str, Any]]
+"""Tensors by name, in groups."""
 
 log = logging.getLogger("brickyard.checkpoints")
 
@@ -67,39 +70,104 @@ def folder_name(position: int) -> str:
     return f"{PREFIX}{position:012d}"
 
 
+def content(state: State) -> Content:
+    """Return all that a checkpoint holds, the state's own tensors. The rest of the optimizer is the configuration."""
+    optimizer = {name: value for name, value in _optimizer_state(state).items() if isinstance(value, Tensor)}
+    return {
+        "model": dict(state.model.state_dict()),
+        "optimizer": optimizer,
+        "ema": dict(state.ema.shadow),
+        "ema_power": {std: dict(shadow) for std, shadow in state.ema.power.items()},
+        "timesteps": dict(state.timesteps.state),
+        "report": {"losses": state.losses},
+    }
+
+
 def commit(run: Folder, state: State, about: Checkpoint, world: World) -> Checkpoint:
-    """Write the state as the run's checkpoint at its position. (all ranks)
+    """Write the state as the run's checkpoint at its position, while everybody waits. (all ranks)
+
+    :class:`pipelines.saver.Saver` does so behind the back of the loop.
+    """
+    return write(run, replace(about, position=state.position), content(state), world, None)
+
+
+def write(
+    run: Folder, about: Checkpoint, content: Content, world: World, group: dist.ProcessGroup | None
+) -> Checkpoint:
+    """Write a checkpoint. (all ranks)
 
     Args:
         run: the folder of the run.
-        state: what to write.
-        about: the manifest but for the position and the files.
+        about: the manifest but for the files and the snapshots.
+        content: what to write.
         world: this worker's place.
+        group: the workers, if there are several.
 
     Returns:
         The manifest as it was committed.
+
+    Raises:
+        DataError, TryAgainError: on all ranks, if storage refuses one of them, or does not answer it for long.
+        ConfigurationError: on all ranks, if they do not write into one folder.
     """
-    folder = run / folder_name(state.position)
-    with tempfile.TemporaryDirectory(prefix="brickyard-") as local:
-        with _alone_is_fine():
-            dcp.save(_tensors(state), checkpoint_id=local, no_dist=world.size == 1)
-        mine = {path.name: _upload(folder, path) for path in sorted(Path(local).iterdir())}
-    parts: list[Any] = [mine]
+    folder = run / folder_name(about.position)
+    files = dcp_files.dump(content, world.size, group)
+    power = {std: snapshots.whole(average, world.rank, group) for std, average in content["ema_power"].items()}
+
+    def deliver() -> tuple[dict[str, tuple[int, str]], list[str]]:
+        entries = {name: _upload(folder, name, data) for name, data in sorted(files.items())}
+        return entries, snapshots.keep(run, power, about.position) if world.rank == 0 else []
+
+    parts: list[Any] = [_attempt(deliver)]
     if world.size > 1:
-        parts = [None] * world.size
-        dist.all_gather_object(parts, mine)  # also the barrier after which everything is there
-    files = {name: entry for part in parts for name, entry in part.items()}
-    if unseen := files.keys() - set(folder.names()):
-        raise DataError(
+        mine, parts = parts[0], [None] * world.size
+        dist.all_gather_object(parts, mine, group=group)  # also the barrier after which everything is there
+    if failed := next((part for part in parts if isinstance(part, Exception)), None):
+        if world.rank == 0:
+            with suppress(DataError, TryAgainError):
+                _clear(folder)
+        raise failed
+    entries = {name: entry for part, _ in parts for name, entry in part.items()}
+    manifest = replace(about, files=entries, snapshots=parts[0][1])
+    outcome = [_attempt(lambda: _close(folder, manifest)) if world.rank == 0 else None]
+    if world.size > 1:  # nobody goes on from a checkpoint that is not committed
+        dist.broadcast_object_list(outcome, group=group)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return manifest
+
+
+def _upload(folder: Folder, name: str, data: bytes) -> tuple[int, str]:
+    folder.put(name, data)
+    return len(data), hashlib.sha256(data).hexdigest()
+
+
+def _close(folder: Folder, manifest: Checkpoint) -> None:
+    """Write the manifest, if what it names is there."""
+    if unseen := manifest.files.keys() - set(folder.names()):
+        raise ConfigurationError(
             f"{folder.url} is not the same folder for all workers: {sorted(unseen)} were written and are not there; "
             "give a --root on storage that all nodes share"
         )
-    manifest = Checkpoint(**{**asdict(about), "position": state.position, "files": files})
-    if world.rank == 0:
-        folder.put(MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
-    if world.size > 1:
-        dist.barrier()  # nobody goes on from a checkpoint that is not committed
-    return manifest
+    folder.put(MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
+
+
+def _clear(folder: Folder) -> None:
+    """Remove what was delivered of a checkpoint that will not be committed: on a full disk it is in the way."""
+    if not folder.exists(MANIFEST):
+        folder.delete()
+
+
+def _attempt(do: Callable[[], T]) -> T | Exception:
+    """Return what a function returns, or what it raises, in a form that can travel to other workers."""
+    try:
+        return do()
+    except (ConfigurationError, DataError, TryAgainError) as error:
+        return error
+    except Exception as error:
+        untold = RuntimeError(f"{type(error).__name__}: {error}")
+        untold.__cause__ = error
+        return untold
 
 
 def keep_newest(run: Folder, keep: int, position: int) -> None:
@@ -127,39 +195,74 @@ def read(folder: Folder) -> Checkpoint:
 
 
 def read_verified(folder: Folder) -> Checkpoint:
-    """Read the manifest of a checkpoint, and prove that every file is as it was committed.
+    """Read the manifest of a checkpoint, and prove that every byte is as it was committed.
 
     Raises:
         DataError: if one is not.
     """
+    checkpoint = _read_listed(folder)
+    for name in checkpoint.files:
+        _bring(folder, checkpoint, name, keep=False)
+    return checkpoint
+
+
+def _read_listed(folder: Folder) -> Checkpoint:
+    """Read the manifest of a checkpoint, and see that every file is there and as long as it was."""
     checkpoint = read(folder)
-    with _verified(folder, checkpoint):
-        return checkpoint
+    sizes = {stored.name: stored.size_bytes for stored in folder.find()}
+    for name, (size, _) in checkpoint.files.items():
+        if name not in sizes:
+            raise DamagedError(f"{folder.url}/{name} does not exist")
+        if sizes[name] != size:
+            raise DamagedError(f"{folder.url}/{name} has {sizes[name]} bytes, {size} were committed")
+    return checkpoint
 
 
-def newest(run: Folder) -> tuple[Folder, Checkpoint] | None:
-    """Return the newest checkpoint of a run whose every byte is as committed, or None; say which were passed over."""
+def newest(run: Folder, verified: bool = True) -> tuple[Folder, Checkpoint] | None:
+    """Return the newest checkpoint of a run that is as it was committed, or None; say which were passed over.
+
+    Args:
+        run: the folder of the run.
+        verified: read every byte; if not, the manifest and a listing, by which a changed byte goes unnoticed.
+    """
     for name in reversed([name for name in run.names() if name.startswith(PREFIX)]):
         folder = run / name
         if not folder.exists(MANIFEST):
             log.warning("%s was never committed; passing it over", folder.url)
             continue
         try:
-            return folder, read_verified(folder)
+            return folder, read_verified(folder) if verified else _read_listed(folder)
         except DamagedError as error:
             log.warning("passing over a damaged checkpoint: %s", error)
     return None
 
 
-def load(folder: Folder, checkpoint: Checkpoint, state: State, world: World) -> None:
-    """Fill the state from a checkpoint. (all ranks)
+def choose(run: Folder) -> int:
+    """Verify where a run can go on, write it down for its workers, and return it: a position, 0 without a checkpoint.
+
+    The stream is opened there, and they load what is there: none of them has to choose, or to read every byte, again.
+    """
+    found = newest(run)
+    position = found[1].position if found else 0
+    run.put(CHOSEN, str(position).encode())
+    return position
+
+
+def chosen(run: Folder) -> tuple[Folder, Checkpoint] | None:
+    """Return the checkpoint that was chosen for the workers, or None at the beginning of a run."""
+    position = int(run.get(CHOSEN))
+    folder = run / folder_name(position)
+    return (folder, read(folder)) if position else None
+
+
+def load(folder: Folder, checkpoint: Checkpoint, state: State) -> None:
+    """Fill the state from a checkpoint; each worker reads the files that hold its part. (all ranks)
 
     Raises:
-        DataError: if a file is missing or is not what was committed.
+        DataError: if a file is missing or is not what was committed; the state is of no use then.
     """
-    tensors = _tensors(state)
-    with _verified(folder, checkpoint) as local, _alone_is_fine():
-        dcp.load(tensors, checkpoint_id=str(local), no_dist=world.size == 1)
+    tensors = content(state)
+    dcp_files.fill(tensors, lambda name: _bring(folder, checkpoint, name))
     state.model.load_state_dict(tensors["model"])
     optimizer = _optimizer_state(state)
     optimizer.update(tensors["optimizer"])
@@ -181,21 +284,7 @@ def load_weights(folder: Folder, checkpoint: Checkpoint, model: torch.nn.Module,
         DataError: if a file is missing or is not what was committed.
     """
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    with _verified(folder, checkpoint) as local, _alone_is_fine():
-        dcp.load({"ema" if averaged else "model": weights}, checkpoint_id=str(local), no_dist=True)
-
-
-def _tensors(state: State) -> dict[str, dict[str, Any]]:
-    """All that a checkpoint holds: tensors only. The rest of the optimizer is the configuration."""
-    optimizer = {name: value for name, value in _optimizer_state(state).items() if isinstance(value, Tensor)}
-    return {
-        "model": dict(state.model.state_dict()),
-        "optimizer": optimizer,
-        "ema": dict(state.ema.shadow),
-        "ema_power": {std: dict(shadow) for std, shadow in state.ema.power.items()},
-        "timesteps": dict(state.timesteps.state),
-        "report": {"losses": state.losses},
-    }
+    dcp_files.fill({"ema" if averaged else "model": weights}, lambda name: _bring(folder, checkpoint, name))
 
 
 def _optimizer_state(state: State) -> dict[str, Any]:
@@ -203,31 +292,18 @@ def _optimizer_state(state: State) -> dict[str, Any]:
     return dict(get_optimizer_state_dict(state.model, state.optimizer, options=options))
 
 
-def _upload(folder: Folder, path: Path) -> tuple[int, str]:
-    data = path.read_bytes()
-    folder.put(path.name, data)
-    return len(data), hashlib.sha256(data).hexdigest()
-
-
-@contextmanager
-def _verified(folder: Folder, checkpoint: Checkpoint) -> Iterator[Path]:
-    """Bring the files of a checkpoint into a local folder, each proved to be what was committed."""
-    with tempfile.TemporaryDirectory(prefix="brickyard-") as local:
-        for name, (size, sha256) in checkpoint.files.items():
-            path = Path(local) / name
-            folder.download(name, path)
-            if path.stat().st_size != size:
-                raise DamagedError(f"{folder.url}/{name} has {path.stat().st_size} bytes, {size} were committed")
-            with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != sha256:
-                raise DamagedError(f"{folder.url}/{name} has sha256 {found[:16]}…, {sha256[:16]}… was committed")
-        yield Path(local)
-
-
-@contextmanager
-def _alone_is_fine() -> Iterator[None]:
-    """Keep torch from warning that a single process saves and loads alone, as it was told to."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        yield
+def _bring(folder: Folder, checkpoint: Checkpoint, name: str, keep: bool = True) -> io.BytesIO:
+    """Return the bytes of a file, proved to be what was committed, or, not kept, only the proof."""
+    size, sha256 = checkpoint.files[name]
+    file, found, length = io.BytesIO(), hashlib.sha256(), 0
+    for piece in folder.pieces(name, size):
+        found.update(piece)
+        length += len(piece)
+        if keep:
+            file.write(piece)
+    if length != size:
+        raise DamagedError(f"{folder.url}/{name} has {length} bytes, {size} were committed")
+    if found.hexdigest() != sha256:
+        raise DamagedError(f"{folder.url}/{name} has sha256 {found.hexdigest()[:16]}…, {sha256[:16]}… was committed")
+    file.seek(0)
+    return file

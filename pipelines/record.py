@@ -46,6 +46,18 @@ class Committed:
 
     position: int
     seconds: float
+    waited_s: float = 0.0
+    """For how long training stood still because the one before was still on its way."""
+    copied_s: float = 0.0
+    """And while its state was copied."""
+
+
+@dataclass(frozen=True)
+class NotCommitted:
+    """Storage did not take a checkpoint; training goes on."""
+
+    position: int
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -74,7 +86,7 @@ class Hanging:
     stacks: str
 
 
-Message: TypeAlias = Report | Picture | Committed | Started | Left | Hanging
+Message: TypeAlias = Report | Picture | Committed | NotCommitted | Started | Left | Hanging
 
 
 class Record:
@@ -111,10 +123,21 @@ class Record:
                 self._tracker.metrics(metrics, position)
             case Picture(position, samples):
                 self._tracker.picture(contact_sheet(x_0_to_pixels(samples).numpy()), "samples", position)
-            case Committed(position, seconds):
+            case Committed(position, seconds, waited_s, copied_s):
                 log.info("checkpoint at %d images, %.2f s", position, seconds)
-                self._tracker.metrics({"checkpoint_s": seconds}, position)
+                if waited_s > 1:
+                    log.warning(
+                        "training stood still for %.1f s until storage had taken the checkpoint before that at %d "
+                        "images; raise fit.checkpoint_images", waited_s, position,
+                    )  # fmt: skip
+                timings = {"checkpoint_s": seconds, "checkpoint_wait_s": waited_s, "checkpoint_copy_s": copied_s}
+                self._tracker.metrics(timings, position)
                 self._on_commit(position)
+            case NotCommitted(position, reason):
+                log.warning(
+                    "there is no checkpoint at %d images: %s. Training goes on; it stops if the next one fails too",
+                    position, reason,
+                )  # fmt: skip
             case Left(position, reason):
                 log.info("the workers leave at %d images: %s", position, reason)
             case Hanging(position, rank, seconds, stacks):

@@ -39,7 +39,7 @@ def dry_run(job: TrainJob) -> dict[str, Any]:
     check_shape(job, view)
     if images is not None:
         job.data.check_rows(images)
-    found = checkpoints.newest(job.run)
+    found = checkpoints.newest(job.run, verified=False)
     return {
         "dry_run": True,
         "images_in_data": images,

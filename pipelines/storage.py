@@ -15,7 +15,6 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import IO, Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -154,17 +153,12 @@ class Folder:
             # By default s3fs reads 50 MB ahead, at every jump.
             return self.filesystem.open(self.path(name), "rb", cache_type="none")  # type: ignore[no-any-return]
 
-    def download(self, name: str, to: Path) -> None:
-        """Copy an object to a file, in pieces: it may be larger than memory."""
-        if not self.filesystem.async_impl:
-            with self._told(name):
-                self.filesystem.get_file(self.path(name), str(to))
-            return
-        with self._told(name), to.open("wb") as file:
-            size = int(self.filesystem.info(self.path(name))["size"])
-            pieces = [(start, min(start + PIECE_BYTES, size)) for start in range(0, size, PIECE_BYTES)]
-            for first in range(0, len(pieces), FETCHERS // 2):
-                file.writelines(self.get_ranges(name, pieces[first : first + FETCHERS // 2]))
+    def pieces(self, name: str, size: int) -> Iterator[bytes]:
+        """Yield the bytes [0, size) of an object in order, fewer where it ends before: it may be larger than memory."""
+        starts = range(0, size, PIECE_BYTES)
+        for first in range(0, len(starts), FETCHERS // 2):
+            several = starts[first : first + FETCHERS // 2]
+            yield from self.get_ranges(name, [(start, min(start + PIECE_BYTES, size)) for start in several])
 
     def _fetch(self, parts: list[Part]) -> list[bytes]:
         client = self.filesystem

@@ -118,7 +118,9 @@ def _train_on(job: TrainJob, data: Folder, manifest: Manifest) -> dict[str, Any]
 def _train(
     job: TrainJob, data: Folder, manifest: Manifest, about: Checkpoint, tracker: Tracker, validator: Validator
 ) -> dict[str, Any]:
-    found = checkpoints.newest(job.run)
+    found = checkpoints.newest(job.run, verified=False)  # those who start the workers read every byte
+    if found and found[1].position >= job.fit.images:
+        found = checkpoints.newest(job.run)  # but here nobody else would
     if found:
         validator.take(found[1].position)  # an earlier start may have been killed before it was measured
     if found and found[1].position >= job.fit.images:

@@ -12,16 +12,15 @@ import math
 import os
 import signal
 import tempfile
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NoReturn
 
 import ray
 import ray.train
 import torch
-import torch.distributed as dist
 from ray.train import DataConfig as RayDataConfig
 from ray.train import FailureConfig, LoggingConfig, RunConfig
 from ray.train import ScalingConfig as RayScalingConfig
@@ -31,17 +30,29 @@ from torch import Tensor
 
 from models.network import build
 from models.parallelize import construct
-from pipelines import checkpoints, snapshots
+from pipelines import checkpoints
 from pipelines.checkpoints import Checkpoint
 from pipelines.cluster import check_node_labels
 from pipelines.config import TrainJob
 from pipelines.errors import TryAgainError, ours
-from pipelines.fit import Listener, State, fit, new_state
+from pipelines.fit import DivergedError, Listener, State, fit, new_state
 from pipelines.foreman import Foreman, NotAgain, Notice, Trainer, leave, present
 from pipelines.images import View
 from pipelines.manifest import Manifest
 from pipelines.plan import Plan, window_batches
-from pipelines.record import MAX_WAITING, Committed, Hanging, Left, Message, Picture, Record, Report, Started
+from pipelines.record import (
+    MAX_WAITING,
+    Committed,
+    Hanging,
+    Left,
+    Message,
+    NotCommitted,
+    Picture,
+    Record,
+    Report,
+    Started,
+)
+from pipelines.saver import Saved, Saver
 from pipelines.storage import Folder
 from pipelines.stream import Deal, ReadWindow, batches, execution_options, open_stream
 from pipelines.tracking import Tracker
@@ -81,8 +92,7 @@ class TrainTask:
 
     def open(self) -> ray.data.Dataset:
         """Open the stream where the newest valid checkpoint is. Called by the controller at each start."""
-        found = checkpoints.newest(self.job.run)
-        return open_stream(self.read_from(found[1].position if found else 0), self.job.data.wanted_labels)
+        return open_stream(self.read_from(checkpoints.choose(self.job.run)), self.job.data.wanted_labels)
 
     def read_from(self, position: int) -> ReadWindow:
         """Return the read task of the stream from a position on."""
@@ -130,20 +140,25 @@ class WorkerListener(Listener):
         self.send(Hanging(self._position, self.world.rank, self.task.job.scaling.hang_s, stacks))
 
     def flush(self) -> None:
-        """Wait for what is written in the background: nothing is."""
         self._watch.pause()
+        self.saver.flush()
 
     def checkpoint(self, state: State) -> None:
         self._watch.pause()
-        began = time.perf_counter()
-        about = self.task.about
-        if self.world.rank == 0:  # before the manifest, which names them
-            about = replace(about, snapshots=snapshots.keep(self.task.job.run, state))
-        checkpoints.commit(self.task.job.run, state, about, self.world)
-        if self.world.rank == 0:
-            checkpoints.keep_newest(self.task.job.run, self.task.job.keep_checkpoints, state.position)
-            self.send(Committed(state.position, time.perf_counter() - began))
+        self.saver.save(state)
         self._watch.step()
+
+    @cached_property
+    def saver(self) -> Saver:
+        """Made by all ranks together, when the first checkpoint is due."""
+        job = self.task.job
+        return Saver(job.run, self.task.about, self.world, job.keep_checkpoints, self._say_saved)
+
+    def _say_saved(self, saved: Saved) -> None:
+        if saved.failure:
+            self.send(NotCommitted(saved.position, saved.failure))
+        else:
+            self.send(Committed(saved.position, saved.seconds, saved.waited_s, saved.copied_s))
 
     def send(self, message: Message) -> None:
         """Hand a message to the driver, or drop it: the record never holds training up."""
@@ -166,17 +181,18 @@ def train_worker(task: TrainTask) -> None:
     )
     schedule = job.schedule.tables()
     state = new_state(model, job.fit, schedule, parallel)
-    found = [checkpoints.newest(job.run) if world.rank == 0 else None]
-    if world.size > 1:
-        dist.broadcast_object_list(found)
-    if found[0]:
-        checkpoints.load(*found[0], state, world)  # … 2. or of the newest checkpoint
+    if found := checkpoints.chosen(job.run):
+        checkpoints.load(*found, state)  # … 2. or of the newest checkpoint
     listener = WorkerListener(task, world, state.position)
     if world.rank == 0:
         listener.send(Started(state.position, world.size))
     stream = batches(ray.train.get_dataset_shard("train"), task.deal(state.position), world.rank, world.size)
     with present():
-        fit(job.fit, state, schedule, job.seed, stream, listener, world)
+        try:
+            fit(job.fit, state, schedule, job.seed, stream, listener, world)
+        except DivergedError:  # on all ranks at once
+            listener.flush()  # what it can be gone on from
+            raise
 
 
 def run_workers(

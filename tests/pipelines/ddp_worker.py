@@ -27,7 +27,7 @@ torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"file://{folder}/meeting-{size}", world_size=size, rank=rank)
 state = tiny_state(config, 0, torch.float64, variant, HOW[size])
 if found := checkpoints.newest(run):
-    checkpoints.load(*found, state, world)
+    checkpoints.load(*found, state)
 ear = Ear(lambda state: checkpoints.commit(run, state, ABOUT, world))
 pixels = np.load(folder / "pixels.npy")
 fit(config, state, variant.schedule, 0, micro_batches(pixels, config, state.position, rank, size), ear, world)

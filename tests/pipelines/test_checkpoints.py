@@ -10,7 +10,7 @@ import torch
 
 from models.schedule import article
 from pipelines import checkpoints
-from pipelines.errors import DataError, TryAgainError
+from pipelines.errors import ConfigurationError, DataError, TryAgainError
 from pipelines.fit import State, fit
 from pipelines.fit_config import FitConfig
 from pipelines.storage import Folder
@@ -44,7 +44,7 @@ def test_going_on_from_a_checkpoint_ends_bit_for_bit_where_the_run_ended(
     folder, whole = run
     state = tiny_state(tiny_fit, seed=1)  # other weights, to be replaced
     at = folder / checkpoints.folder_name(position)
-    checkpoints.load(at, checkpoints.read(at), state, ALONE)
+    checkpoints.load(at, checkpoints.read(at), state)
     assert state.position == position
     fit(tiny_fit, state, article(), 0, micro_batches(digits[0], tiny_fit, start=position), Ear())
     assert torch.equal(everything(state), everything(whole))
@@ -93,7 +93,7 @@ def test_nothing_damaged_is_ever_given_to_torch(run: tuple[Folder, State], tiny_
     state = tiny_state(tiny_fit, seed=1)
     before = everything_but_optimizer(state)
     with pytest.raises(DataError, match="sha256"):
-        checkpoints.load(at, about, state, ALONE)
+        checkpoints.load(at, about, state)
     assert torch.equal(everything_but_optimizer(state), before)
 
 
@@ -136,14 +136,14 @@ def test_a_hiccup_of_storage_is_not_taken_for_damage(
     def reset(*_: object) -> None:
         raise ConnectionResetError(104, "Connection reset by peer")
 
-    monkeypatch.setattr(type(run[0].filesystem), "get_file", reset)
+    monkeypatch.setattr(type(run[0].filesystem), "cat_file", reset)
     with pytest.raises(TryAgainError, match="does not answer: ConnectionResetError"):
         checkpoints.newest(run[0])
 
 
 def test_a_folder_that_the_workers_do_not_share_is_refused(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Folder, "names", lambda self: [])  # as another node's disk has it
-    with pytest.raises(DataError, match="is not the same folder for all workers"):
+    with pytest.raises(ConfigurationError, match="is not the same folder for all workers"):
         checkpoints.commit(folder, tiny_state(FIT), ABOUT, ALONE)
 
 

@@ -94,7 +94,7 @@ def test_a_run_changes_its_workers_half_way(digits: Digits, tiny_fit: FitConfig,
     assert {name.split("_")[2] for name in found[1].files if name != ".metadata"} == {"0", "1"}, "both have written"
 
     state = tiny_state(tiny_fit, seed=1, dtype=torch.float64)
-    checkpoints.load(*found, state, World())
+    checkpoints.load(*found, state)
     fit(tiny_fit, state, article(), 0, micro_batches(digits[0], tiny_fit, start=256), Ear())
     start_workers(tmp_path, 4, stop=384)
     four = torch.load(tmp_path / "rank-0.pt", weights_only=True)
@@ -191,7 +191,7 @@ def test_a_notice_becomes_a_checkpoint_and_all_goes_on_as_if_nothing_had_been(
     found = checkpoints.newest(folder)
     assert found and found[1].position == at
     state, rest = tiny_state(tiny_fit, seed=1), Ear()
-    checkpoints.load(*found, state, World())
+    checkpoints.load(*found, state)
     fit(tiny_fit, state, article(), 0, micro_batches(digits[0], tiny_fit, start=at), rest)
     assert torch.equal(everything(state), everything(whole))
     both = noticed.reports + rest.reports

@@ -74,7 +74,7 @@ def test_a_run_that_is_steered_by_its_losses_goes_on_bit_for_bit(digits: Digits,
     ear = Ear(lambda state: checkpoints.commit(folder, state, ABOUT, World()))
     fit(config, whole, LOSS_AWARE.schedule, 0, micro_batches(digits[0], config), ear)
     at = folder / checkpoints.folder_name(256)
-    checkpoints.load(at, checkpoints.read(at), again, World())
+    checkpoints.load(at, checkpoints.read(at), again)
     fit(config, again, LOSS_AWARE.schedule, 0, micro_batches(digits[0], config, start=256), Ear())
     for mine, theirs in [
         (dict(again.model.named_parameters()), dict(whole.model.named_parameters())),

@@ -31,7 +31,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, digits: tuple[np.ndarray, np.n
     about = replace(ABOUT, config=to_dict(replace(DIGITS, network=NetworkConfig(unet=TINY))))
 
     def commit(state: State) -> None:
-        checkpoints.commit(folder, state, replace(about, snapshots=snapshots.keep(folder, state)), World())
+        checkpoints.commit(folder, state, about, World())
 
     state, direct = tiny_state(CONFIG), tiny_state(replace(CONFIG, ema=EMAConfig(power_stds=(0.1, 0.15))))
     fit(CONFIG, state, SCHEDULE, 0, micro_batches(digits[0], CONFIG), Ear(commit))
@@ -79,7 +79,7 @@ def test_an_earlier_checkpoint_has_its_own(run: tuple[Folder, State, State]) -> 
 
 def test_without_snapshots_the_way_out_is_told(tmp_path: Path) -> None:
     run = Folder(str(tmp_path))
-    assert snapshots.keep(run, tiny_state(FIT)) == []  # it tracks none
+    assert snapshots.keep(run, tiny_state(FIT).ema.power, 0) == []  # it tracks none
     with pytest.raises(ConfigurationError, match=r"draw\.ema_std is 0\.1; .* train with fit\.ema\.power_stds"):
         snapshots.average(run, [], 384, 0.1)
 
@@ -93,7 +93,7 @@ def test_a_width_that_cannot_be_is_refused(std: float, run: tuple[Folder, State,
 def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
     run, state = Folder(str(tmp_path)), tiny_state(CONFIG)
     state.position = 32
-    names = snapshots.keep(run, state)
+    names = snapshots.keep(run, state.ema.power, state.position)
     assert names == (run / "ema").names()
     name = names[0]
     data = bytearray((run / "ema").get(name))
@@ -110,7 +110,7 @@ def test_what_is_made_is_a_function_of_the_checkpoint(run: tuple[Folder, State, 
     before = flat(average(copy, 256, 0.12))
     other = tiny_state(CONFIG, seed=9)
     other.position = 256
-    twins = snapshots.keep(copy, other)
+    twins = snapshots.keep(copy, other.ema.power, other.position)
     assert len((copy / "ema").names()) == 26 and len(twins) == 16, "two widths at 8 positions, the twins for the old"
     assert torch.equal(flat(average(copy, 256, 0.12)), before)
     gone = next(name for name in checkpoints.read(copy / checkpoints.folder_name(256)).snapshots if "0128-" in name)
@@ -123,5 +123,5 @@ def test_very_narrow_widths_have_names_too(tmp_path: Path) -> None:
     run, config = Folder(str(tmp_path)), replace(CONFIG, ema=EMAConfig(power_stds=(0.00005, 0.1)))
     state = tiny_state(config)
     state.position = 32
-    names = snapshots.keep(run, state)
+    names = snapshots.keep(run, state.ema.power, state.position)
     assert flat(snapshots.average(run, names, 32, 0.05)).isfinite().all()

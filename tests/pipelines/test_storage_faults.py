@@ -1,11 +1,9 @@
 """Against a real S3 server with a proxy before it that does what storage does on a bad day."""
 
 import logging
-import os
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,10 +49,8 @@ def read_ranges(folder: Folder) -> bytes:
         return file.read(40_000) + end
 
 
-def download(folder: Folder) -> bytes:
-    to = Path(os.environ["PYTEST_DOWNLOAD"])
-    folder.download("a", to)
-    return to.read_bytes()
+def pieces(folder: Folder) -> bytes:
+    return b"".join(folder.pieces("a", len(BODY)))
 
 
 def put(folder: Folder) -> list[tuple[str, int]]:
@@ -79,7 +75,7 @@ ACTIONS: dict[str, tuple[Callable[[Folder], Any], Any]] = {
     "get_ranges": (lambda folder: folder.get_ranges("a", [(9, 99), (0, 9)]), [BODY[9:99], BODY[:9]]),
     "get_many": (lambda folder: folder.get_many(["a", "sub/b", "a"]), [BODY, BODY[::-1], BODY]),
     "open": (read_ranges, BODY),
-    "download": (download, BODY),
+    "pieces": (pieces, BODY),
     "put": (put, [("a", 999), ("c", 10), ("sub/b", 50_000)]),
     "create": (create, (True, False, b"mine", ["a", "lock", "sub"])),
     "names": (lambda folder: folder.names(), ["a", "sub"]),
@@ -92,10 +88,9 @@ ACTIONS: dict[str, tuple[Callable[[Folder], Any], Any]] = {
 @pytest.mark.parametrize("fault", PASSING)
 @pytest.mark.parametrize("name", ACTIONS)
 def test_what_passes_is_waited_for(
-    name: str, fault: Fault, folder: Folder, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    name: str, fault: Fault, folder: Folder, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each request meets the fault at its first try; what comes out is what would have, and each try is counted."""
-    monkeypatch.setenv("PYTEST_DOWNLOAD", str(tmp_path / "a"))
     if fault == "slow":
         monkeypatch.setenv("BRICKYARD_ANSWER_S", "0.3")
     action, result = ACTIONS[name]
@@ -114,9 +109,8 @@ def test_what_passes_is_waited_for(
 
 @pytest.mark.parametrize("name", ACTIONS)
 def test_when_patience_ends_it_is_told(
-    name: str, folder: Folder, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    name: str, folder: Folder, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTEST_DOWNLOAD", str(tmp_path / "a"))
     monkeypatch.setenv("BRICKYARD_RETRY_S", "0.2")
     proxy.rules = [Rule("503")]
     with pytest.raises(TryAgainError, match=rf"{proxy.url}/yard.* answers 503.*also when asked \d+ times within 0.2 s"):
@@ -127,9 +121,8 @@ def test_when_patience_ends_it_is_told(
 @pytest.mark.parametrize("status", [400, 403])
 @pytest.mark.parametrize("name", ACTIONS)
 def test_expired_credentials_are_told_at_once(
-    name: str, status: int, folder: Folder, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    name: str, status: int, folder: Folder, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTEST_DOWNLOAD", str(tmp_path / "a"))
     before = retries()
     proxy.rules = [Rule("expired", status=status)]
     with pytest.raises(TryAgainError, match=r"credentials have expired \(ExpiredToken\): renew them and run the same"):

@@ -1,0 +1,108 @@
+"""The files of torch.distributed.checkpoint without a disk between: what is saved lies in memory until it is uploaded,
+what is loaded is brought and verified when it is asked for.
+"""
+
+import io
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemBase, FileSystemReader, FileSystemWriter
+from torch.distributed.tensor import DTensor
+
+INDEX = ".metadata"
+"""The file that says where everything is. torch unpickles it."""
+# For good, not around the calls: the filters are all threads', and one that saves would change them under the others.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+
+def dump(content: dict[str, Any], world_size: int, group: dist.ProcessGroup | None) -> dict[str, bytes]:
+    """Return this worker's part of the files that hold some content, by name. (all ranks)
+
+    Args:
+        content: tensors by name, in groups, which may be sharded. What several ranks have is written by one of them: by
+            each its share, but where some are sharded by the lowest, so that a worker finds what it needs later in few
+            files.
+        world_size: W; a worker that is alone needs no group.
+        group: whom to agree with on who writes what.
+    """
+    writer = FileSystemWriter("", sync_files=False)
+    writer.fs = files = _Memory()
+    sharded = any(isinstance(value, DTensor) for values in content.values() for value in values.values())
+    planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=sharded)
+    dcp.save(content, storage_writer=writer, planner=planner, process_group=group, no_dist=world_size == 1)
+    return {name: data for name, kept in files.kept.items() if (data := kept.getvalue())}
+
+
+def fill(content: dict[str, Any], bring: Callable[[str], io.BytesIO]) -> None:
+    """Fill nested dictionaries of tensors in place, each worker for itself.
+
+    Args:
+        content: the tensors, of any sharding; those that hold a part ask for the files of that part only.
+        bring: returns the bytes of a file, as good as they were; what it raises goes through.
+    """
+    index = bring(INDEX)  # before torch, which would take an error here for a file of another kind
+    reader = FileSystemReader("")
+    reader.fs = _Brought(lambda name: index if name == INDEX else bring(name))
+    try:
+        dcp.load(content, storage_reader=reader, no_dist=True)
+    except CheckpointException as error:
+        raise error.failures[0][0] from error
+
+
+class _Memory(FileSystemBase):  # type: ignore[misc]
+    """Takes what a writer of torch's writes."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, _Kept] = {}
+
+    @contextmanager
+    def create_stream(self, path: str, mode: str) -> Iterator[io.BytesIO]:
+        self.kept[path] = stream = _Kept()
+        yield stream
+
+    def concat_path(self, path: str, suffix: str) -> str:
+        return suffix
+
+    def init_path(self, path: str) -> str:
+        return os.fspath(path)
+
+    def mkdir(self, path: str) -> None:
+        pass
+
+    def rename(self, path: str, new_path: str) -> None:
+        self.kept[new_path] = self.kept.pop(path)
+
+    def exists(self, path: str) -> bool:
+        return path in self.kept
+
+    def rm_file(self, path: str) -> None:
+        del self.kept[path]
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str) -> bool:
+        return True
+
+
+class _Brought(_Memory):
+    """Gives a reader of torch's what it asks for."""
+
+    def __init__(self, bring: Callable[[str], io.BytesIO]) -> None:
+        super().__init__()
+        self._bring = bring
+
+    @contextmanager
+    def create_stream(self, path: str, mode: str) -> Iterator[io.BytesIO]:
+        yield self._bring(path)
+
+
+class _Kept(io.BytesIO):
+    """Bytes that are still there after the file was closed."""
+
+    def close(self) -> None:
+        pass
