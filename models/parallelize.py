@@ -113,10 +113,10 @@ def construct(make: Callable[[], M], seed: int, config: ParallelConfig, device: 
         # Blocks share their code, and torch counts by code: let each have as many shapes as it would let one have.
         dynamo = torch._dynamo.config
         dynamo.recompile_limit = max(dynamo.recompile_limit, DISTINCT_SHAPES * len(blocks))
-    for block in blocks:
-        if config.checkpoint_activations:
-            _wrap(block, _checkpointed)
-        if config.compile:
+    if config.checkpoint_activations:
+        checkpoint_activations(model)
+    if config.compile:
+        for block in blocks:
             _wrap(block, _compiled)
     if config.precision == "bfloat16":
         _wrap(model, lambda forward: _in_bfloat16(forward, device))
@@ -130,6 +130,12 @@ def construct(make: Callable[[], M], seed: int, config: ParallelConfig, device: 
         return model, model
     # The gradients are views of what is sent: held once.
     return model, DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Have each block keep what goes into it only, and compute the rest again on the way back."""
+    for block in model.blocks():  # type: ignore[operator]
+        _wrap(block, _checkpointed)
 
 
 @contextmanager

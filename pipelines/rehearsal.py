@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from models.network import build
+from models.parallelize import checkpoint_activations
 from pipelines import checkpoints
 from pipelines.config import TrainJob
 from pipelines.digits import DIGITS, LABELS
@@ -63,9 +64,13 @@ def memory_per_worker(job: TrainJob, view: View) -> int:
 
     with torch.device("meta"):
         model = build(job.network, view.channels, view.side, classes=int(job.network.labels))
+        if job.parallel.checkpoint_activations:
+            checkpoint_activations(model)
         x = torch.empty(job.fit.micro_images, view.channels, view.side, view.side)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             model(x, torch.zeros(len(x), dtype=torch.long))
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     copies = 5 + len(job.fit.ema.power_stds)  # weights, gradient, two moments, the averages
-    return copies * weights + sum(saved.values())
+    # Least of all workers that there may be: then each has the largest part.
+    shares = job.parallel.shares(job.scaling.min_workers or job.scaling.workers)
+    return copies * weights // shares + sum(saved.values())

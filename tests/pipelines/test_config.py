@@ -5,11 +5,14 @@ from typing import Any
 import pytest
 
 from jobs.cli import parse
-from jobs.presets import PRESETS
+from jobs.presets import CIFAR10, PRESETS
+from models.parallelize import ParallelConfig
 from pipelines.config import DrawConfig, SampleJob, TrainJob
 from pipelines.errors import ConfigurationError
 from pipelines.fit_config import FitConfig
+from pipelines.images import View
 from pipelines.plain import file_as_flags, flatten, from_dict, to_dict, to_yaml
+from pipelines.rehearsal import memory_per_worker
 from pipelines.scaling import ScalingConfig
 
 
@@ -120,3 +123,37 @@ def test_a_flat_view_has_every_setting() -> None:
     assert flat["fit.ema.half_life_images"] == 50_000
     assert flat["network.unet.multipliers"] == [1, 2]
     assert from_dict(TrainJob, to_dict(PRESETS["digits"][1]), "x") == PRESETS["digits"][1]
+
+
+@pytest.mark.parametrize(
+    ("scaling", "parallel", "message"),
+    [
+        (
+            {"workers": 3},
+            {"strategy": "hybrid", "shards": 2},
+            r"parallel\.shards is 2; scaling\.workers = 3 is not a mul",
+        ),
+        (
+            {"workers": 4, "min_workers": 2},
+            {"strategy": "hybrid", "shards": 2},
+            r"scaling\.min_workers is 2 and .*hybrid",
+        ),
+        ({"workers": 9}, {}, r"scaling\.workers is 9; .* take 8 workers at most"),
+    ],
+)
+def test_workers_that_cannot_share_the_work_are_refused(
+    scaling: dict[str, int], parallel: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        replace(CIFAR10, scaling=ScalingConfig(**scaling), parallel=ParallelConfig(**parallel))
+
+
+def test_what_workers_share_and_compute_again_takes_less_memory() -> None:
+    """Of the 35,746,307 parameters each has weight, gradient, two moments and an average, of four bytes each."""
+    view, whole = View(side=32, channels=3), 35_746_307 * 4 * 5
+    copied = memory_per_worker(CIFAR10, view)
+    assert copied - memory_per_worker(
+        replace(CIFAR10, parallel=ParallelConfig(strategy="fsdp")), view
+    ) == pytest.approx(whole * 7 / 8, abs=8)
+    again = memory_per_worker(replace(CIFAR10, parallel=ParallelConfig(checkpoint_activations=True)), view)
+    assert whole < again < whole + 0.4 * (copied - whole)
