@@ -26,6 +26,7 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig
 from ray.train import ScalingConfig as RayScalingConfig
 from ray.train.torch import get_device
 from ray.util.queue import Full, Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
 from models.network import build
@@ -213,7 +214,8 @@ def run_workers(
         DataError: if data or storage cannot be used.
     """
     check_node_labels(job.data.wanted_labels)
-    wire = Queue(MAX_WAITING, actor_options={"num_cpus": 0})
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    wire = Queue(MAX_WAITING, actor_options={"num_cpus": 0, "scheduling_strategy": here})  # other nodes may go
     record = Record(wire, tracker, job.fit.images, on_commit)
     try:
         _run_ray_train(job, TrainTask(job, data, manifest, about, wire))
