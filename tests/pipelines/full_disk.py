@@ -3,6 +3,7 @@
 `python -m tests.pipelines.full_disk FOLDER` exits as a job would.
 """
 
+import contextlib
 import sys
 import threading
 from pathlib import Path
@@ -29,13 +30,9 @@ saver = Saver(run, ABOUT, World(), 2, say)
 full = disk / "of others"
 for position in (100, 200, 300, 400, 500, 600):
     if position in (200, 400):
-        with full.open("wb") as file:
-            try:
-                while True:
-                    file.write(bytes(4096))
-                    file.flush()
-            except OSError:
-                pass
+        with full.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
     if position == 300:
         full.unlink()
     state.position = position
