@@ -3,9 +3,9 @@
 `python -m tests.pipelines.full_disk FOLDER` exits as a job would.
 """
 
+import contextlib
 import sys
 import threading
-from contextlib import suppress
 from pathlib import Path
 
 from pipelines import checkpoints
@@ -30,7 +30,7 @@ saver = Saver(run, ABOUT, World(), 2, say)
 full = disk / "of others"
 for position in (100, 200, 300, 400, 500, 600):
     if position in (200, 400):
-        with full.open("wb", buffering=0) as file, suppress(OSError):
+        with full.open("wb", buffering=0) as file, contextlib.suppress(OSError):
             while True:
                 file.write(bytes(4096))
     if position == 300:
