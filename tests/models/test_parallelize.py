@@ -296,8 +296,8 @@ def test_a_gradient_that_is_not_finite_is_seen_by_all(case, workers):
 
 
 def assert_lowered(found, kind):
-    """bfloat16 rounds to within 2⁻⁸ of a number. A value is rounded some 16 times on its way, 32 times there and back: at
-    random, so within 2⁻⁸ √32 = 2.2 % of the whole, of which twice is allowed. Less than 10⁻⁴ would be float32."""
+    """bfloat16 rounds to within 2⁻⁸. A value is rounded some 16 times on its way, and 32 times there and back, at
+    random: within 2⁻⁸ √32 = 2.2 % of the whole, of which twice is allowed. Less than 10⁻⁴ would be float32."""
     expected = alone(kind, torch.float32, steps=1)
     assert found["dtypes"] == ["torch.float32"]
     assert found["losses"] == pytest.approx(expected["losses"], rel=0.045)
@@ -319,10 +319,11 @@ def test_one_worker_computes_in_bfloat16_and_keeps_float32(kind):
     assert_lowered(together(kind, WAYS["ddp, bfloat16"], 2, dtype=torch.float32, steps=1), kind)
 
 
+@torch._dynamo.config.patch(recompile_limit=8)
 @pytest.mark.filterwarnings(f"ignore:{COMPILERS_OWN_WARNING}")
 @pytest.mark.parametrize(("kind", "graphs"), [("unet", 7), ("dit", 1)])
 def test_each_kind_of_block_is_compiled_once_as_one_graph(kind, graphs, one, monkeypatch):
-    """Without a break, which would be an error; all blocks of a transformer are alike."""
+    """Without a break, which would be an error; all blocks of a transformer are alike. And once more for samples."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
     counters.clear()
@@ -332,6 +333,9 @@ def test_each_kind_of_block_is_compiled_once_as_one_graph(kind, graphs, one, mon
         loss.backward()
     assert float(loss.detach()) == pytest.approx(one[kind]["losses"][0], rel=1e-10)
     assert counters["stats"]["unique_graphs"] == graphs
+    with torch.no_grad():
+        loss_of(net, torch.arange(3), torch.float64)
+    assert counters["stats"]["unique_graphs"] == 2 * graphs
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
