@@ -8,7 +8,8 @@ For how long the loop stands still at a save, in training steps, and the images 
 
 They take turns of 50 steps within one process of one thread, W B S W B S: a turn of B begins with a save, whose thread
 runs beside the steps that follow and is waited for at the end of the turn; a turn of S begins with one that is done
-before the first step. CPU seconds are those of the process, the thread that saves among them. Targets: a stall of less than one step, B/W at least 0.97.
+before the first step. CPU seconds are those of the process, the thread that saves among them. Targets: a stall of less
+than one step, B/W at least 0.97.
 """
 
 import tempfile
