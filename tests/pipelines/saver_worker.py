@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,6 +22,15 @@ from pipelines.world import World
 from tests.pipelines.states import ABOUT, CONFIG, unwritten
 
 CPU = torch.device("cpu")
+BROUGHT: list[str] = []
+
+
+class Counted(Folder):
+    """Remembers what was read of it."""
+
+    def pieces(self, name: str, size: int) -> Iterator[bytes]:
+        BROUGHT.append(name)
+        return super().pieces(name, size)
 
 
 def spread(strategy: str, size: int, seed: int) -> State:
@@ -51,7 +61,9 @@ def chain(folder: Path, world: World, *runs: str) -> None:
         if int(number):
             found = checkpoints.newest(Folder(f"{folder}/run-{int(number) - 1}"))
             assert found
-            checkpoints.load(*found, state)
+            BROUGHT.clear()
+            checkpoints.load(Counted(found[0].url), found[1], state)
+            (folder / f"brought-{number}-{world.rank}.json").write_text(json.dumps(BROUGHT))
         else:
             step(state)
             step(state)

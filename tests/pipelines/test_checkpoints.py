@@ -86,6 +86,35 @@ def test_what_is_damaged_is_passed_over_and_said(
     assert said in caplog.text and at.name in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("harm", "position"),
+    [
+        (lambda at: (at / "__0_0.distcp").unlink(), 256),
+        (lambda at: (at / "__0_0.distcp").write_bytes(b"short"), 256),
+        (lambda at: (at / "manifest.json").unlink(), 256),
+        (shutil.rmtree, 256),
+        (lambda at: shutil.rmtree(at.parent / checkpoints.folder_name(256)), 384),
+        (lambda at: damage(at / "__0_0.distcp"), 384),
+    ],
+    ids=["shard missing", "shard short", "not committed", "deleted", "an old one deleted", "bit flipped"],
+)
+def test_a_listing_finds_all_but_a_changed_byte(harm: object, position: int, run: tuple[Folder, State]) -> None:
+    harm(Path((run[0] / checkpoints.folder_name(384)).path()))  # type: ignore[operator]
+    found = checkpoints.newest(run[0], verified=False)
+    assert found is not None and found[1].position == position
+
+
+def test_where_the_stream_is_opened_is_where_the_workers_go_on(run: tuple[Folder, State]) -> None:
+    """Though the one that they would find by a listing is another."""
+    folder, _ = run
+    damage(Path((folder / checkpoints.folder_name(384)).path()) / "__0_0.distcp")
+    assert checkpoints.choose(folder) == 256
+    found = checkpoints.chosen(folder)
+    assert found is not None and (found[0].name, found[1].position) == (checkpoints.folder_name(256), 256)
+    assert checkpoints.choose(folder / "new") == 0
+    assert checkpoints.chosen(folder / "new") is None
+
+
 def test_nothing_damaged_is_ever_given_to_torch(run: tuple[Folder, State], tiny_fit: FitConfig) -> None:
     at = run[0] / checkpoints.folder_name(384)
     about = checkpoints.read(at)

@@ -190,19 +190,24 @@ def start(folder: Path, scenario: str, size: int, *more: str) -> list[int]:
 def test_a_checkpoint_of_one_layout_is_that_of_all_others(tmp_path: Path) -> None:
     """Saved by two that share a network out, then loaded and saved by others, again and again."""
     assert start(tmp_path, "chain", 2, "fsdp:0", "ddp:1") == [0] * 2
-    assert start(tmp_path, "chain", 4, "hybrid:2", "fsdp:3") == [0] * 4
-    alone = loaded(Folder(f"{tmp_path}/run-3"))
-    saves = Saver(Folder(f"{tmp_path}/run-4"), ABOUT, ALONE, 2)
+    assert start(tmp_path, "chain", 4, "hybrid:2", "fsdp:3", "fsdp:4") == [0] * 4
+    alone = loaded(Folder(f"{tmp_path}/run-4"))
+    saves = Saver(Folder(f"{tmp_path}/run-5"), ABOUT, ALONE, 2)
     saves.save(alone)
     saves.flush()
-    assert start(tmp_path, "chain", 2, "fsdp:5") == [0] * 2
-    states = [loaded(Folder(f"{tmp_path}/run-{number}")) for number in range(6)]
+    assert start(tmp_path, "chain", 2, "fsdp:6") == [0] * 2
+    states = [loaded(Folder(f"{tmp_path}/run-{number}")) for number in range(7)]
     assert {state.position for state in states} == {64}
     assert float(flat(states[0]).abs().sum()) > 0 and not torch.equal(flat(states[0]), flat(fresh(0)))
     for state in states[1:]:
         assert torch.equal(flat(state), flat(states[0]))
     names = [checkpoints.read(checkpoints.newest(Folder(f"{tmp_path}/run-{number}"))[0]).snapshots  # type: ignore[index]
-             for number in range(6)]  # fmt: skip
+             for number in range(7)]  # fmt: skip
+    for rank in range(4):
+        brought = json.loads((tmp_path / f"brought-4-{rank}.json").read_text())
+        assert sorted(brought) == sorted({".metadata", "__0_0.distcp", f"__{rank}_0.distcp"}), (
+            "its own, and what all have"
+        )
     assert names[0] and all(several == names[0] for several in names), "they have the digest of their bytes in them"
 
 
@@ -213,6 +218,8 @@ def test_all_learn_what_storage_did_to_one(tmp_path: Path) -> None:
     assert [bool(words) for words in said[0][0]] == [False, False, False, True]
     assert "2 checkpoints in a row could not be written" in said[0][0][3] and "File too large" in said[0][0][3]
     assert [("File too large" in words) for words in said[0][1]] == [False, True, True]
+    run = Folder(f"{tmp_path}/run")
+    assert run.names() == [checkpoints.folder_name(32), "ema"], "what rank 0 had delivered of the others is gone"
     assert checkpoints.newest(Folder(f"{tmp_path}/run"))[1].position == 32  # type: ignore[index]
 
 
