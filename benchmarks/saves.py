@@ -30,7 +30,7 @@ from models.noise import normal
 from models.schedule import article
 from models.unet import UNetConfig
 from pipelines.checkpoints import Checkpoint, commit
-from pipelines.fit import State, fit, new_state
+from pipelines.fit import Listener, fit, new_state
 from pipelines.fit_config import FitConfig
 from pipelines.saver import Saved, Saver
 from pipelines.storage import Folder
@@ -54,21 +54,6 @@ class Settings:
     """The same for the larger network, whose steps are long: what comes out is a bound."""
     out: str = ""
     """Where to save to; a temporary folder if not given."""
-
-
-class Turn:
-    """Listens to a loop: saves nothing by itself."""
-
-    def report(self, metrics: dict[str, float], position: int) -> None:
-        pass
-
-    picture = report  # type: ignore[assignment]
-
-    def checkpoint(self, state: State) -> None:
-        pass
-
-    def flush(self) -> None:
-        pass
 
 
 def repeated(config: FitConfig, side: int, channels: int) -> Iterator[MicroBatch]:
@@ -105,7 +90,7 @@ def run(
                 elif way == "S":
                     commit(folder / "waited for", state, ABOUT, World())
                 stop = state.position + steps * config.batch_images
-                fit(replace(everlasting, images=stop), state, article(), 0, batches, Turn())
+                fit(replace(everlasting, images=stop), state, article(), 0, batches, Listener())
                 saver.flush()
                 seconds.append(watch.read())
             if not turn:  # the first of each makes buffers, caches and the optimizer's state
