@@ -200,8 +200,8 @@ def _shard(model: nn.Module, config: ParallelConfig, device: torch.device, copie
         mesh = init_device_mesh(device.type, (shares,))
     else:
         mesh = init_device_mesh(device.type, (copies, shares), mesh_dim_names=("copies", "shares"))
-    # Blocks are sent in what they are computed in; gradients are added up in float32. Which operations are lowered is
-    # autocast's to say, the same as without sharding, so inputs are left alone.
+    # Blocks are sent in what they are computed in, all of their weights; gradients are added up in float32. Which
+    # operations are lowered beside that is autocast's to say, as it is without sharding, so inputs are left alone.
     lowered = config.precision == "bfloat16"
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if lowered else None,

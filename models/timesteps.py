@@ -111,6 +111,11 @@ class Timesteps:
         self._observed.zero_()
         self.refresh()
 
+    def forget(self) -> None:
+        """Drop what was observed since the last time."""
+        if self.config.kind == "loss-aware":
+            self._observed.zero_()
+
     def refresh(self) -> None:
         """Find the distribution of t again after ``state`` was loaded."""
         if not self.state:

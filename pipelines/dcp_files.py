@@ -35,7 +35,8 @@ def dump(content: dict[str, Any], world_size: int, group: dist.ProcessGroup | No
     writer.fs = files = _Memory()
     sharded = any(isinstance(value, DTensor) for values in content.values() for value in values.values())
     planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=sharded)
-    dcp.save(content, storage_writer=writer, planner=planner, process_group=group, no_dist=world_size == 1)
+    with _what_failed():
+        dcp.save(content, storage_writer=writer, planner=planner, process_group=group, no_dist=world_size == 1)
     return {name: data for name, kept in files.kept.items() if (data := kept.getvalue())}
 
 
@@ -49,10 +50,17 @@ def fill(content: dict[str, Any], bring: Callable[[str], io.BytesIO]) -> None:
     index = bring(INDEX)  # before torch, which would take an error here for a file of another kind
     reader = FileSystemReader("")
     reader.fs = _Brought(lambda name: index if name == INDEX else bring(name))
-    try:
+    with _what_failed():
         dcp.load(content, storage_reader=reader, no_dist=True)
+
+
+@contextmanager
+def _what_failed() -> Iterator[None]:
+    """Raise what went wrong, on whichever rank: torch wraps it into what is no Exception."""
+    try:
+        yield
     except CheckpointException as error:
-        raise error.failures[0][0] from error
+        raise next(iter(error.failures.values()))[0] from error
 
 
 class _Memory(FileSystemBase):  # type: ignore[misc]

@@ -72,7 +72,10 @@ class Listener:
         return False
 
     def leave(self, state: State) -> None:
-        """Make way after such a notice; the state is committed. (all ranks)"""
+        """Make way after such a notice, as soon as the state is committed. (all ranks)"""
+
+    def pause(self) -> None:
+        """What begins now takes longer than a step. (all ranks)"""
 
 
 class DivergedError(BrickyardError):
@@ -162,18 +165,20 @@ def fit(  # noqa: PLR0912, PLR0915  (the one long story)
         if math.isfinite(norm):
             optimizer.step()
             state.losses += losses_of_step
+            state.timesteps.learn(world.sum)
             skipped_in_a_row = 0
         else:
             skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
             said = f"the gradient of positions {state.position - config.batch_images}..{state.position - 1} is {norm}"
             if config.not_finite == "stop" or skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
                 raise DivergedError(
-                    f"{said}; lower fit.learning_rate or look at those images, then run again from the last checkpoint"
+                    f"{said}; look at those images: go on without them by --fit.not-finite skip, or lower "
+                    "fit.learning_rate under another --name"
                 )
             log.warning("%s: skipped", said)
+            state.timesteps.forget()
         optimizer.zero_grad(set_to_none=True)
         state.ema.update(model, state.position, config.batch_images)
-        state.timesteps.learn(world.sum)
 
         # Say how it goes.
         if state.position % config.log_images == 0 or state.position == config.images:
@@ -195,6 +200,7 @@ def fit(  # noqa: PLR0912, PLR0915  (the one long story)
             feed.reset()
             since, reported, skipped = time.perf_counter(), state.position, 0
         if state.position % config.grid_images == 0 or state.position == config.images:
+            listener.pause()
             grid = draw_grid(state, schedule, x_0.shape[1:], config.objective, world)
             if world.rank == 0:
                 listener.picture(grid, state.position)
@@ -202,12 +208,11 @@ def fit(  # noqa: PLR0912, PLR0915  (the one long story)
         # Commit, in its rhythm or because a worker is about to be taken away.
         leaving = listener.notice() and state.position < config.images
         if leaving or state.position % config.checkpoint_images == 0 or state.position == config.images:
-            world.sum(state.losses)
+            world.sum(state.losses)  # whichever rank writes them
+            listener.checkpoint(state)
             if world.rank > 0:
                 state.losses.zero_()
-            listener.checkpoint(state)
         if leaving:
-            listener.flush()
             return listener.leave(state)
     return listener.flush()
 

@@ -22,7 +22,7 @@ class FitConfig:
     batch_images: int = 128
     """B, the images behind one step of the optimizer, over all workers."""
     micro_images: int = 64
-    """b, the images that one worker computes at once; B must be a multiple of b times the workers."""
+    """b, the images that one worker computes at once; it divides B, and there are at most B/b workers."""
     learning_rate: float = 2e-3
     """Of AdamW, after the warm-up."""
     warm_up_images: int = 10_000
@@ -94,7 +94,7 @@ class FitConfig:
         if self.decay_images and self.images > self.decay_images:
             raise ConfigurationError(
                 f"fit.images is {self.images} and fit.decay_images {self.decay_images}, from where on the learning "
-                f"rate is 0: it must reach as far, try {self.images}"
+                f"rate is 0: it must reach as far, {self.images} or more, in a run that begins so"
             )
 
     @property

@@ -33,6 +33,8 @@ from pipelines.storage import Folder, Stored
 
 PLAN = "ingest.json"
 """Beside the manifest: of what it is made, from the first moment on."""
+CUT = 2
+"""Which way of cutting a source into parts this is: what one way has begun another cannot go on with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +260,7 @@ class IngestPlan:
         Raises:
             ConfigurationError: if its folder holds an ingest of other files, or of another configuration.
         """
-        what = {"digest": self.digest, "source": self.source.folder.url}
+        what = {"digest": self.digest, "source": self.source.folder.url, "cut": CUT}
         if not self.out.create(PLAN, json.dumps(what).encode()):
             self._check_begun()
 
@@ -283,6 +285,11 @@ class IngestPlan:
             raise ConfigurationError(
                 f"{self.out.url} holds an ingest of {earlier['source']} as it was, with the configuration of then; the "
                 "files or the ingest.* fields differ now: give another folder, or delete that one"
+            )
+        if earlier.get("cut") != CUT and not self.out.exists(NAME):
+            raise ConfigurationError(
+                f"{self.out.url} holds an ingest that another version of this program has begun and not finished: give "
+                "another folder, or delete that one"
             )
 
 

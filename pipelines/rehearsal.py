@@ -71,6 +71,8 @@ def memory_per_worker(job: TrainJob, view: View) -> int:
             model(x, torch.zeros(len(x), dtype=torch.long))
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     copies = 5 + len(job.fit.ema.power_stds)  # weights, gradient, two moments, the averages
+    if not job.scaling.use_gpu:
+        copies += copies - 1  # what is being saved, all but the gradient, lies in the same memory
     # Least of all workers that there may be: then each has the largest part.
     shares = job.parallel.shares(job.scaling.min_workers or job.scaling.workers)
     return copies * weights // shares + sum(saved.values())

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
@@ -75,7 +76,7 @@ class Saver:
             )
         )
         self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._failed = 0  # in a row
         self._newest = "none was written since the start"
 
@@ -119,9 +120,11 @@ class Saver:
     def _commit(self, saved: Saved, copy: Content) -> None:
         """Write a copy. (all ranks, each in a thread)"""
         began, self._error = time.perf_counter(), None
+        if self._world.device.type == "cuda":  # a thread begins with the first GPU
+            torch.cuda.set_device(self._world.device)
         try:
             write(self._run, replace(self._about, position=saved.position), copy, self._world, self._group)
-        except Exception as error:  # for the loop, which is told when it comes by
+        except BaseException as error:  # for the loop, which is told when it comes by
             self._error = error
         failure = "" if self._error is None else f"{type(self._error).__name__}: {self._error}"
         if not failure:

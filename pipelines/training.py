@@ -206,8 +206,8 @@ def identity(job: TrainJob, manifest: Manifest) -> dict[str, Any]:
     """Return what makes a run the run that it is. The rest (length, workers, reports …) may change between starts."""
     everything = flatten(to_dict(job))
     may_change = ("name", "root", "fit.images", "fit.micro_images", "fit.log_images", "fit.checkpoint_images",
-                  "fit.grid_images", "evaluate_images", "keep_checkpoints", "parallel.strategy", "parallel.shards",
-                  "parallel.checkpoint_activations", "parallel.compile")  # fmt: skip
+                  "fit.grid_images", "fit.not_finite", "evaluate_images", "keep_checkpoints", "parallel.strategy",
+                  "parallel.shards", "parallel.checkpoint_activations", "parallel.compile")  # fmt: skip
     groups = ("data.url", "data.builtin", "data.ingest.", "data.node_labels", "scaling.", "tracking.", "draw.")
     kept = {k: v for k, v in everything.items() if k not in may_change and not k.startswith(groups)}
     return kept | {"data digest": manifest.digest}
@@ -234,7 +234,7 @@ def check_claim(job: TrainJob, manifest: Manifest) -> None:
     """Raise ConfigurationError if the run's folder is that of another run, naming each field that differs."""
     mine, theirs = identity(job, manifest), json.loads(job.run.get(RUN))["identity"]
     differing = [
-        f"{name} was {theirs.get(name)}, is {mine.get(name)}"
+        f"{name} was {theirs.get(name, 'unknown to the version that began it')}, is {mine.get(name)}"
         for name in sorted(mine | theirs)
         if mine.get(name) != theirs.get(name)
     ]

@@ -185,7 +185,8 @@ class Validator:
             position = max((p for p in due if p is not None), default=done)
             if position > done and not self._given_up.is_set():
                 images = images or self._read()
-                self._measure(position, images)
+                if not self._measure(position, images):
+                    images = None  # it may have been they that could not be read
                 done = position
 
     def _read(self) -> Any:
@@ -195,7 +196,8 @@ class Validator:
         task = ray.remote(num_cpus=0, label_selector=nodes or None)(read_held_out)
         return task.remote(self._data, self._manifest, job.data.held_out, view)
 
-    def _measure(self, position: int, images: Any) -> None:
+    def _measure(self, position: int, images: Any) -> bool:
+        """Measure a checkpoint and record it; return whether that was possible."""
         on_gpu, checkpoint = self._job.scaling.validate_on_gpu, self._job.run / checkpoints.folder_name(position)
         self.last = {}
         # No CPU is set aside, or the tasks that read, and so training, would wait for it. The process, which has made
@@ -206,7 +208,8 @@ class Validator:
             found = ray.get(self._running)
         except Exception as error:  # worth a warning, never a run; and only the newest checkpoints are kept
             log.warning("%s at %d images is not on record: %s", METRIC, position, error)
-            return
+            return False
         self.last = found
         self._tracker.metrics(found, position)
         log.info("images held out: a loss of %.4f at %d images", found[METRIC], position)
+        return True

@@ -13,6 +13,7 @@ import os
 import signal
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -132,7 +133,8 @@ class WorkerListener(Listener):
         return self._notice()
 
     def leave(self, state: State) -> NoReturn:
-        """Go, to be started again from the checkpoint that was just committed."""
+        """Go, to be started again from the newest checkpoint, which is this state if storage took it."""
+        self.settle()
         if self.world.rank == 0:
             self.send(Left(state.position, self._notice.why))
         leave()
@@ -140,9 +142,17 @@ class WorkerListener(Listener):
     def _hanging(self, stacks: str) -> None:
         self.send(Hanging(self._position, self.world.rank, self.task.job.scaling.hang_s, stacks))
 
+    def pause(self) -> None:
+        self._watch.pause()
+
     def flush(self) -> None:
         self._watch.pause()
         self.saver.flush()
+
+    def settle(self) -> None:
+        """Flush; if storage does not take the last checkpoint, which is said, there is one before it."""
+        with suppress(TryAgainError):
+            self.flush()
 
     def checkpoint(self, state: State) -> None:
         self._watch.pause()
@@ -169,6 +179,7 @@ class WorkerListener(Listener):
             log.warning("%s at %d is lost to the record: %s", type(message).__name__, message.position, error)
 
 
+@present()
 def train_worker(task: TrainTask) -> None:
     """Run the loop on a worker of Ray Train. (all ranks)"""
     job = task.job
@@ -188,12 +199,11 @@ def train_worker(task: TrainTask) -> None:
     if world.rank == 0:
         listener.send(Started(state.position, world.size))
     stream = batches(ray.train.get_dataset_shard("train"), task.deal(state.position), world.rank, world.size)
-    with present():
-        try:
-            fit(job.fit, state, schedule, job.seed, stream, listener, world)
-        except DivergedError:  # on all ranks at once
-            listener.flush()  # what it can be gone on from
-            raise
+    try:
+        fit(job.fit, state, schedule, job.seed, stream, listener, world)
+    except DivergedError:  # on all ranks at once
+        listener.settle()  # what it can be gone on from
+        raise
 
 
 def run_workers(

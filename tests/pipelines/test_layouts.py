@@ -19,9 +19,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from models.parallelize import ParallelConfig
+from pipelines import checkpoints
 from pipelines.fit import State, fit
+from pipelines.storage import Folder
 from pipelines.world import World
-from tests.pipelines.helpers import VARIANTS, Ear, micro_batches, tiny_state
+from tests.pipelines.helpers import ABOUT, VARIANTS, Ear, micro_batches, tiny_state
 
 VARIANT = VARIANTS["loss-aware"]
 FIT = replace(VARIANT.fit, images=256, log_images=64, checkpoint_images=256, grid_images=256)
@@ -31,17 +33,31 @@ DDP, FSDP, HYBRID = (
 )
 SEVERAL = 4
 """Micro-batches of a global batch where gradients are accumulated; otherwise as many as there are workers."""
+NOTICE = 96
+"""Where workers leave, in the middle of a report, those of the cases that do."""
 CASES = {
-    1: [(DDP, SEVERAL), (DDP, 1)],
-    2: [(DDP, SEVERAL), (DDP, 2), (FSDP, SEVERAL), (FSDP, 2)],
-    3: [(DDP, SEVERAL), (FSDP, SEVERAL)],  # which 3 does not divide
-    4: [(how, n) for how in (DDP, FSDP, HYBRID) for n in (SEVERAL, 2 * SEVERAL)],
+    1: [(DDP, SEVERAL, 0), (DDP, 1, 0)],
+    2: [(DDP, SEVERAL, 0), (DDP, 2, NOTICE), (FSDP, SEVERAL, NOTICE), (FSDP, 2, 0)],
+    3: [(DDP, SEVERAL, NOTICE), (FSDP, SEVERAL, 0)],  # which 3 does not divide
+    4: [(how, n, 0) for how in (DDP, FSDP, HYBRID) for n in (SEVERAL, 2 * SEVERAL)],
 }
 NAMES = {
-    f"{workers} workers, {how.strategy}, {n} micro-batches": (workers, case)
+    f"{workers} workers, {how.strategy}, {n} micro-batches{', left and gone on' if notice else ''}": (workers, case)
     for workers, cases in CASES.items()
-    for case, (how, n) in enumerate(cases)
+    for case, (how, n, notice) in enumerate(cases)
 }
+
+
+class Leaver(Ear):
+    """Is told to leave at a position, and does with a checkpoint."""
+
+    def __init__(self, run: Folder, world: World) -> None:
+        super().__init__(lambda state: checkpoints.commit(run, state, ABOUT, world) and None)
+        self.asked = 0
+
+    def notice(self) -> bool:
+        self.asked += FIT.batch_images
+        return self.asked == NOTICE
 
 
 def outcome(state: State, ear: Ear) -> dict[str, Any]:
@@ -64,11 +80,19 @@ def outcome(state: State, ear: Ear) -> dict[str, Any]:
 PIXELS = np.rint(load_digits().images * (255 / 16)).astype(np.uint8)[..., None]
 
 
-def run(how: ParallelConfig, n: int, dtype: torch.dtype, world: World) -> dict[str, Any]:
-    """Train from the first image to the last. (all ranks)"""
+def run(how: ParallelConfig, n: int, dtype: torch.dtype, world: World, away: Folder | None = None) -> dict[str, Any]:
+    """Train from the first image to the last, leaving once in between if there is where to leave it. (all ranks)"""
     config, ear = replace(FIT, micro_images=FIT.batch_images // n), Ear()
     state = tiny_state(config, dtype=dtype, variant=VARIANT, how=how)
-    feed = micro_batches(PIXELS, config, rank=world.rank, world=world.size)
+    if away:
+        leaver = Leaver(away, world)
+        feed = micro_batches(PIXELS, config, 0, world.rank, world.size)
+        fit(config, state, VARIANT.schedule, 0, feed, leaver, world)
+        state, found = tiny_state(config, 1, dtype, VARIANT, how), checkpoints.newest(away)
+        assert found and found[1].position == NOTICE
+        checkpoints.load(*found, state)
+        ear.reports = leaver.reports
+    feed = micro_batches(PIXELS, config, state.position, world.rank, world.size)
     fit(config, state, VARIANT.schedule, 0, feed, ear, world)
     return outcome(state, ear)
 
@@ -78,7 +102,11 @@ def take_part(folder: Path, size: int, rank: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", world_size=size, rank=rank)
     found = [
-        [run(how, n, dtype, World(rank, size)) for dtype in (torch.float64, torch.float32)] for how, n in CASES[size]
+        [
+            run(how, n, dtype, World(rank, size), Folder(f"{folder}/{case}-{dtype}") if notice else None)
+            for dtype in (torch.float64, torch.float32)
+        ]
+        for case, (how, n, notice) in enumerate(CASES[size])
     ]
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
