@@ -122,10 +122,6 @@ class Ear(Listener):
         if self._on_checkpoint:
             self._on_checkpoint(state)
 
-    def notice(self) -> bool:
-        return False
-
-    def flush(self) -> None: ...
     def leave(self, state: State) -> NoReturn:
         raise AssertionError("nobody asked to")
 

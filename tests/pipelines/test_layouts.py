@@ -59,6 +59,9 @@ class Leaver(Ear):
         self.asked += FIT.batch_images
         return self.asked == NOTICE
 
+    def leave(self, state: State) -> None:
+        assert state.position == NOTICE
+
 
 def outcome(state: State, ear: Ear) -> dict[str, Any]:
     """All that a run is at its end, gathered from whoever has a part of it. (all ranks)"""

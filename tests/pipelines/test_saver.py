@@ -9,11 +9,12 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
 
-from pipelines import checkpoints, saver, snapshots
+from pipelines import checkpoints, dcp_files, saver, snapshots
 from pipelines.errors import TryAgainError
 from pipelines.saver import Saved, Saver
 from pipelines.storage import Folder
@@ -87,6 +88,28 @@ def test_a_save_waits_for_the_one_before_and_says_how_long(folder: Folder, monke
     first, second = told
     assert second.waited_s > first.waited_s
     assert second.copied_s > 0 and not first.failure and not second.failure
+    assert checkpoints.newest(folder)[1].position == 64  # type: ignore[index]
+
+
+def test_what_goes_wrong_in_torch_is_not_taken_for_a_checkpoint(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch makes it an error that `except Exception` does not see."""
+
+    def exhausted(*_: object) -> NoReturn:
+        raise MemoryError("no more")
+
+    told: list[Saved] = []
+    saves = Saver(folder, ABOUT, ALONE, 2, told.append)
+    with monkeypatch.context() as patched:
+        patched.setattr(dcp_files.FileSystemWriter, "write_data", exhausted)
+        saves.save(stepped(32))
+        with pytest.raises(MemoryError, match="no more"):
+            saves.flush()
+    assert [saved.failure for saved in told] == ["MemoryError: no more"]
+    assert checkpoints.newest(folder) is None
+    saves.save(stepped(64))
+    saves.flush()
     assert checkpoints.newest(folder)[1].position == 64  # type: ignore[index]
 
 
