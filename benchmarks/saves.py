@@ -95,9 +95,9 @@ def run(
     model = build(network, channels, side, 0)
     initialize(model, 0)
     state = new_state(model.to(memory_format=torch.channels_last), config, article())  # type: ignore[call-overload]
-    everlasting = replace(
-        config, images=1 << 40, log_images=steps * config.batch_images, checkpoint_images=1 << 40, grid_images=1 << 40
-    )
+    turn = steps * config.batch_images
+    never = turn << 30
+    everlasting = replace(config, images=never, log_images=turn, checkpoint_images=never, grid_images=never)
     batches = micro_batches(digits(), everlasting, 0) if side == 8 else repeated(config, side, channels)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     with tempfile.TemporaryDirectory() as temporary:
@@ -105,7 +105,7 @@ def run(
         saver = Saver(folder, ABOUT, World(), 2, told.append)
         turns: dict[str, list[NDArray[np.float64]]] = {"W": [], "B": [], "S": []}
         stalls: list[float] = []
-        for turn in range(s.rounds + 1):
+        for number in range(s.rounds + 1):
             for way, seconds in turns.items():
                 watch = Stopwatch()
                 if way == "B":
@@ -117,7 +117,7 @@ def run(
                     fit(everlasting, state, article(), 0, batches, Turn())
                 saver.flush()
                 seconds.append(watch.read())
-            if not turn:  # the first of each makes buffers, caches and the optimizer's state
+            if not number:  # the first of each makes buffers, caches and the optimizer's state
                 for measured in (*turns.values(), stalls, told):
                     measured.clear()
     step = median(float(wall) for wall, _ in turns["W"]) / steps
