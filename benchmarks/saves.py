@@ -14,6 +14,7 @@ than one step, B/W at least 0.97.
 
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -56,6 +57,17 @@ class Settings:
     """Where to save to; a temporary folder if not given."""
 
 
+class OverError(Exception):
+    """A turn has ended. At the end of a run the loop would draw samples, which is not what is measured."""
+
+
+class Turn(Listener):
+    """Listens to a loop: saves nothing by itself, and ends it with its first report."""
+
+    def report(self, metrics: dict[str, float], position: int) -> None:
+        raise OverError
+
+
 def repeated(config: FitConfig, side: int, channels: int) -> Iterator[MicroBatch]:
     """Yield micro-batches of noise, again and again."""
     pixels = (normal(0, "pixels", torch.arange(config.micro_images), (side, side, channels)) * 50 + 128).clamp(0, 255)
@@ -73,7 +85,9 @@ def run(
     model = build(network, channels, side, 0)
     initialize(model, 0)
     state = new_state(model.to(memory_format=torch.channels_last), config, article())  # type: ignore[call-overload]
-    everlasting = replace(config, images=1 << 40, log_images=1 << 40, checkpoint_images=1 << 40, grid_images=1 << 40)
+    turn = steps * config.batch_images
+    never = turn << 30
+    everlasting = replace(config, images=never, log_images=turn, checkpoint_images=never, grid_images=never)
     batches = micro_batches(digits(), everlasting, 0) if side == 8 else repeated(config, side, channels)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     with tempfile.TemporaryDirectory() as temporary:
@@ -81,7 +95,7 @@ def run(
         saver = Saver(folder, ABOUT, World(), 2, told.append)
         turns: dict[str, list[NDArray[np.float64]]] = {"W": [], "B": [], "S": []}
         stalls: list[float] = []
-        for turn in range(s.rounds + 1):
+        for number in range(s.rounds + 1):
             for way, seconds in turns.items():
                 watch = Stopwatch()
                 if way == "B":
@@ -89,11 +103,11 @@ def run(
                     stalls.append(float(watch.read()[0]))
                 elif way == "S":
                     commit(folder / "waited for", state, ABOUT, World())
-                stop = state.position + steps * config.batch_images
-                fit(replace(everlasting, images=stop), state, article(), 0, batches, Listener())
+                with suppress(OverError):
+                    fit(everlasting, state, article(), 0, batches, Turn())
                 saver.flush()
                 seconds.append(watch.read())
-            if not turn:  # the first of each makes buffers, caches and the optimizer's state
+            if not number:  # the first of each makes buffers, caches and the optimizer's state
                 for measured in (*turns.values(), stalls, told):
                     measured.clear()
     step = median(float(wall) for wall, _ in turns["W"]) / steps
