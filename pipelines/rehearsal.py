@@ -40,7 +40,7 @@ def dry_run(job: TrainJob) -> dict[str, Any]:
     check_shape(job, view)
     if images is not None:
         job.data.check_rows(images)
-    found = checkpoints.newest(job.run, verified=False)
+    found = checkpoints.newest(job.run)
     return {
         "dry_run": True,
         "images_in_data": images,

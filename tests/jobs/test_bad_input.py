@@ -98,11 +98,11 @@ def test_an_unknown_field_in_a_file_says_the_nearest(run: Callable, tmp_path: Pa
     assert "fit.learning_rat is no field; did you mean fit.learning_rate?" in err
 
 
-def test_a_batch_that_the_workers_do_not_divide(run: Callable, root: str) -> None:
+def test_a_batch_too_small_for_its_workers(run: Callable, root: str) -> None:
     code, err, _ = run(train.main, "digits", "--root", root, "--scaling.workers", "3")
     assert code == 2
     assert "scaling.workers is 3; fit.batch_images = 128 is 2 micro-batches" in err
-    assert "take one of [1, 2] workers" in err
+    assert "take 2 workers at most" in err
 
 
 def test_a_value_out_of_range(run: Callable) -> None:
