@@ -131,8 +131,8 @@ def test_raw_files_train_where_they_are_and_credentials_expire(
 
     error, err = expire(train, proxy, Rule("expired"))
     assert error.endswith(way_out) and "workers train" not in err
-    # In the middle of the stream, and again of all checkpoints from one on: the first is said, the second is the end. The
-    # workers are not started once more to meet the same.
+    # In the middle of the stream, and again of all checkpoints from one on: the first is said, the second is the end.
+    # The workers are not started once more to meet the same.
     for read_or_write in (
         Rule("expired", method="GET", path=r"/raw/\d/.*png", after=500, status=403),
         Rule("expired", method="PUT", path=r"/checkpoint-0+(1280|1920|2560)/"),
