@@ -223,14 +223,13 @@ class TrainJob:
             raise ConfigurationError(f"evaluate_images is {self.evaluate_images}; it must be 0, or at least 2")
         self.fit.check_workers(self.scaling.workers)
         check_steps(self.draw, self.schedule)
-        with checked():
-            self.parallel.check_workers(self.scaling.workers)
         if self.scaling.min_workers and self.parallel.strategy == "hybrid":
             raise ConfigurationError(
                 f"scaling.min_workers is {self.scaling.min_workers} and parallel.strategy hybrid, of which the workers "
                 "must be a multiple of parallel.shards: take parallel.strategy fsdp, or scaling.min_workers 0"
             )
         with checked():
+            self.parallel.check_workers(self.scaling.workers)
             self.fit.objective.check_schedule(self.schedule.zero_terminal_snr)
             self.fit.timesteps.check_schedule(self.schedule.tables())
         if self.draw.ema_std and not self.fit.ema.power_stds:

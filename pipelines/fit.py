@@ -157,8 +157,7 @@ def fit(  # noqa: PLR0912, PLR0915  (the one long story)
                 ((weight.to(dtype) * losses).mean() * share).backward()  # type: ignore[no-untyped-call]
             if counted:
                 state.timesteps.observe(t, losses)
-                band = (t - 1) * BANDS // T
-                losses_of_step.index_add_(1, band, torch.stack([weight * losses.detach(), weight]).to(dtype))
+                losses_of_step.index_add_(1, band_of(t, T), torch.stack([weight * losses.detach(), weight]).to(dtype))
 
         # One step of the optimizer, agreed on by all ranks: after the reduction the norm is the same on each.
         norm = float(clip_gradient(model, config.clip_norm))
@@ -217,11 +216,16 @@ def fit(  # noqa: PLR0912, PLR0915  (the one long story)
     return listener.flush()
 
 
-def by_band(losses: Tensor) -> dict[str, float]:
+def band_of(t: Tensor, T: int) -> Tensor:
+    """Return the band of each t of 1..T, 0..BANDS-1."""
+    return (t - 1) * BANDS // T
+
+
+def by_band(losses: Tensor, name: str = "loss") -> dict[str, float]:
     """Return the mean loss, and that of each band of t, of losses and weights summed by band, [2, BANDS]."""
     loss, weight = losses.tolist()
-    means = {f"loss_band_{i + 1}_of_{BANDS}": loss[i] / weight[i] for i in range(BANDS) if weight[i]}
-    return {"loss": sum(loss) / sum(weight) if any(weight) else math.nan, **means}
+    means = {f"{name}_band_{i + 1}_of_{BANDS}": loss[i] / weight[i] for i in range(BANDS) if weight[i]}
+    return {name: sum(loss) / sum(weight) if any(weight) else math.nan, **means}
 
 
 def pixels_to_x_0(pixels: Tensor) -> Tensor:

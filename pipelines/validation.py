@@ -31,7 +31,7 @@ from models.philox import stream_key
 from models.schedule import Schedule
 from pipelines import checkpoints
 from pipelines.config import TrainJob
-from pipelines.fit import BANDS, noise_like, pixels_to_x_0
+from pipelines.fit import BANDS, band_of, by_band, noise_like, pixels_to_x_0
 from pipelines.images import Pixels, View
 from pipelines.lineage import Trained
 from pipelines.manifest import Manifest
@@ -112,9 +112,8 @@ def losses(
 
 def in_bands(t: Tensor, loss: Tensor, T: int) -> dict[str, float]:
     """Return the mean of the losses, and of each band of t that has any, by the names that they are recorded under."""
-    band = (t - 1) * BANDS // T
-    each = {f"{METRIC}_band_{i + 1}_of_{BANDS}": loss[band == i] for i in range(BANDS)}
-    return {name: float(some.mean()) for name, some in {METRIC: loss, **each}.items() if len(some)}
+    counted = torch.stack([loss, torch.ones_like(loss)])
+    return by_band(loss.new_zeros(2, BANDS).index_add_(1, band_of(t, T), counted), METRIC)
 
 
 def validation_loss(trained: Trained, held: HeldOut, device: torch.device | None = None) -> dict[str, float]:

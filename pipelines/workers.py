@@ -146,7 +146,7 @@ class WorkerListener(Listener):
         self._watch.pause()
 
     def flush(self) -> None:
-        self._watch.pause()
+        self.pause()
         self.saver.flush()
 
     def settle(self) -> None:
@@ -155,7 +155,7 @@ class WorkerListener(Listener):
             self.flush()
 
     def checkpoint(self, state: State) -> None:
-        self._watch.pause()
+        self.pause()
         self.saver.save(state)
         self._watch.step()
 
