@@ -24,12 +24,13 @@ from models.philox import stream_key
 from pipelines.errors import ConfigurationError
 from pipelines.images import Encoding
 from pipelines.labels import check_label_column, read_labels, sorted_labels, whose_labels
+from pipelines.local_files import Stored
 from pipelines.manifest import NAME, Manifest
 from pipelines.parts import ALL, Form, Part, rows_for
 from pipelines.permutation import permute
 from pipelines.shards import ahead
 from pipelines.sources import Source, kind_of, of_kind
-from pipelines.storage import Folder, Stored
+from pipelines.storage import Folder
 
 PLAN = "ingest.json"
 """Beside the manifest: of what it is made, from the first moment on."""
@@ -160,7 +161,8 @@ class IngestPlan:
         listed = read_labels(config.labels) if config.labels not in ("folder", "none") else {}
         form = asdict(config)
         del form["max_bad_share"]  # decides whether to go on, not what is made
-        what = json.dumps([form, files, listed], sort_keys=True)
+        where = [source.url] if config.encoding == "in-place" else []  # a copy can do without the place it is from
+        what = json.dumps([form, files, listed, *where], sort_keys=True)
         labels = whose_labels(config.labels, kind, files)
         if kind == "files":
             order = permute(np.arange(len(files)), len(files), stream_key(0, "ingest"))

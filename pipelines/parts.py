@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 
 from pipelines.cluster import check_node_labels, cluster
 from pipelines.images import BadImageError, Encoding, encode, read_picture
+from pipelines.local_files import Stored
 from pipelines.progress import IngestProgress
 from pipelines.retries import count_elsewhere, retries
 from pipelines.shards import IN_PLACE, PICTURES, Shard, ShardWriter
 from pipelines.sources import Entry, Source
-from pipelines.storage import Folder, Stored
+from pipelines.storage import Folder
 
 RECORDS, DIGESTS = "records", "digests"
 ALL = range(sys.maxsize)
@@ -163,7 +164,10 @@ class WritePart:
         if form.encoding == "keep":
             return data  # it could be decoded: that was the question
         assert form.encoding != "in-place"
-        return encode(pixels, form.encoding, form.jpeg_quality)
+        try:
+            return encode(pixels, form.encoding, form.jpeg_quality)
+        except (OSError, ValueError) as error:  # such as a side that JPEG has no room for
+            raise BadImageError(f"it cannot be written as {form.encoding}: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ EXPIRED = {
     "ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired", "InvalidToken",
     "ExpiredAuthenticationToken",
     # what a client raises that cannot renew what it had
-    "TokenRetrievalError", "UnauthorizedSSOTokenError", "SSOTokenLoadError", "RefreshError",
+    "TokenRetrievalError", "CredentialRetrievalError", "UnauthorizedSSOTokenError", "SSOTokenLoadError", "RefreshError",
 }  # fmt: skip
 """Credentials that were good once, by error code or by exception."""
 

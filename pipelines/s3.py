@@ -55,7 +55,8 @@ class PatientSession(AIOHTTPSession):  # type: ignore[misc]
         try:
             async with asyncio.timeout(answer_s() + int(request.headers.get("Content-Length", 0)) / SLOWEST):
                 response = await super().send(request)
-            body = await response.content
+            async with asyncio.timeout(answer_s() + int(response.headers.get("Content-Length", 0)) / SLOWEST):
+                body = await response.content
         except SSLError:
             raise  # a certificate does not get better
         except (HTTPClientError, UnreachableError, aiohttp.ClientError, TimeoutError) as error:
@@ -117,6 +118,8 @@ class QuickS3(S3FileSystem):  # type: ignore[misc]
             if answer.status_code == 412:
                 raise DamagedError(f"{self.unstrip_protocol(path)} {CHANGED}")
         # Refused, missing, moved to another region: s3fs knows what to do, or what to raise.
+        if version and (await self._info(path)).get("ETag", "").strip('"') != version:
+            raise DamagedError(f"{self.unstrip_protocol(path)} {CHANGED}")
         return bytes(await super()._cat_file(path, start=start, end=end, **others))
 
 

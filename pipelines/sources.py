@@ -20,8 +20,9 @@ import pyarrow.parquet as pq
 
 from pipelines.errors import ConfigurationError, DataError
 from pipelines.images import EMPTY, MAX_FILE_BYTES, SUFFIXES
+from pipelines.local_files import Stored
 from pipelines.shards import Ranges
-from pipelines.storage import Folder, Stored
+from pipelines.storage import Folder
 
 Kind: TypeAlias = Literal["files", "parquet", "tar"]
 
@@ -128,6 +129,8 @@ class Source:
         if not _is_text(entry.path):
             path = entry.path.encode(errors="backslashreplace").decode()
             return entry._replace(path=path, data=b"", reason="its name is not UTF-8")
+        if self.labels == "own" and entry.label is not None and not _is_text(entry.label):
+            return entry._replace(label=None, data=b"", reason="its label is not UTF-8")
         if entry.reason or self.labels == "own":
             return entry
         if self.labels == "none":
@@ -138,7 +141,7 @@ class Source:
 
     def _of_files(self, files: list[Stored]) -> Iterator[Entry]:
         for part in portions([file.size_bytes for file in files]):
-            usable = [file.name for file in files[part] if file.size_bytes <= MAX_FILE_BYTES]
+            usable = [file.name for file in files[part] if 0 < file.size_bytes <= MAX_FILE_BYTES]
             # A fetch that fails raises: only what a file holds can make it a bad one.
             contents = dict(zip(usable, self.folder.get_many(usable), strict=True))
             for file in files[part]:
@@ -212,7 +215,7 @@ class Source:
         for file in files:
             try:
                 yield from self._of_tar(file)
-            except (tarfile.TarError, OSError, ValueError) as error:
+            except (tarfile.TarError, OSError, ValueError, RecursionError) as error:
                 yield _broken(file, error)
 
     def _of_tar(self, file: Stored) -> Iterator[Entry]:
@@ -253,7 +256,7 @@ def _sample(tar: str, key: str, members: dict[str, Entry]) -> Iterator[Entry]:
         return
     try:
         yield image._replace(label=_label_of(members))
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         yield image._replace(data=b"", reason=f"its label cannot be read: {error}")
 
 
@@ -300,6 +303,6 @@ def _class_names(schema: Any, column: str) -> list[str]:
 
 
 def _class_name(label: Any, names: list[str]) -> str | None:
-    if label is None or label == -1:  # Hugging Face's sign for no label
+    if label is None or (names and label == -1):  # Hugging Face's sign for no label
         return None
     return names[label] if names and isinstance(label, int) and 0 <= label < len(names) else str(label)

@@ -10,12 +10,11 @@ import contextlib
 import difflib
 import errno
 import os
-import tempfile
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 from urllib.parse import urlsplit
 
 import fsspec
@@ -23,6 +22,7 @@ from fsspec.asyn import sync
 from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.errors import CHANGED, ConfigurationError, DamagedError
+from pipelines.local_files import Stored, complete_file, stored, walk
 from pipelines.retries import answers_head, error_code, explained
 
 FETCHERS = 16
@@ -31,18 +31,6 @@ PIECE_BYTES = 16 << 20
 """What a download asks for at a time, and a half of what an upload sends in one request."""
 Part = tuple[str, int | None, int | None, str]
 """The name of an object, the range of it that is meant, start and stop or None and None, and the version or nothing."""
-_UMASK = os.umask(0o022)
-os.umask(_UMASK)  # reading it is setting it
-
-
-class Stored(NamedTuple):
-    """An object that was found."""
-
-    name: str
-    """Relative to the folder."""
-    size_bytes: int
-    version: str
-    """Changes when the content does: the ETag of an object store, the time of the last change of a file."""
 
 
 def absolute(url: str) -> str:
@@ -166,7 +154,7 @@ class Folder:
 
             def read(name: str, start: int | None, stop: int | None, version: str) -> bytes:
                 with self._told(name):
-                    if version and _version(client.info(self.path(name))) != version:
+                    if version and stored(name, self.path(name)).version != version:
                         raise DamagedError(f"{self.url}/{name} {CHANGED}")
                     return b"" if _is_nothing(start, stop) else bytes(client.cat_file(self.path(name), start, stop))
 
@@ -198,7 +186,7 @@ class Folder:
         """Write an object, whole or not at all, over whatever had its name."""
         with self._told(name):
             if self.is_local:
-                with _complete_file(self.path(name), data) as written:
+                with complete_file(self.path(name), data) as written:
                     os.replace(written, self.path(name))  # noqa: PTH105
             else:
                 self.filesystem.pipe_file(self.path(name), data, **self._upload())
@@ -211,7 +199,7 @@ class Folder:
         with self._told(name):
             try:
                 if self.is_local:
-                    with _complete_file(self.path(name), data) as written:
+                    with complete_file(self.path(name), data) as written:
                         os.link(written, self.path(name))
                 else:
                     self.filesystem.pipe_file(self.path(name), data, mode="create", **self._upload(mark))
@@ -239,10 +227,12 @@ class Folder:
     def find(self) -> list[Stored]:
         """Return every object below this folder, sorted by name."""
         with self._told():
+            if self.is_local:
+                return sorted(walk(self._root))
             found = self.filesystem.find(self._root, detail=True)
+        prefix = f"{self._root}/"  # once: an object store's names may begin with, and hold, several
         return sorted(
-            Stored(path.removeprefix(self._root).lstrip("/"), int(info["size"]), _version(info))
-            for path, info in found.items()
+            Stored(path.removeprefix(prefix), int(info["size"]), _version(info)) for path, info in found.items()
         )
 
     def delete(self) -> None:
@@ -287,21 +277,3 @@ def _version(info: dict[str, Any]) -> str:
         if word in info:
             return str(info[word]).strip('"')
     return ""
-
-
-@contextlib.contextmanager
-def _complete_file(path: str, data: bytes) -> Iterator[str]:
-    """Write a file beside the one that is meant and flush it to the disk; what is left of it at the end goes."""
-    folder, name = os.path.split(path)
-    os.makedirs(folder, exist_ok=True)  # noqa: PTH103
-    descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_UMASK)  # noqa: PTH101
-        yield temporary
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)  # noqa: PTH108

@@ -154,17 +154,19 @@ class ReadWindow:
                 yield from [self._nothing()] * (self.deal.micro_batches - 1)  # W - 1 at most
 
     def read(self, window: int) -> Iterator[dict[str, Any]]:
-        """Yield the columns of a window in the order of its blocks, a few groups at a time.
+        """Yield the columns of a window in the order of its blocks, about PART_BYTES of pixels at a time.
 
         What is kept meanwhile is the window as it is stored, not as it is decoded.
         """
         kept: RowGroups = {}
         bad: list[BadRow] = []
-        groups = self.deal.positions(window).reshape(-1, self.deal.group_rows)
-        together = max(1, PART_BYTES // (self.deal.group_rows * self.deal.image_bytes))
-        for first in range(0, len(groups), together):
-            part = self._part(groups[first : first + together].ravel(), kept, bad)
-            self._check_share(bad, min(first + together, len(groups)) * self.deal.group_rows)
+        # Whole groups, whose positions lie together; one batch by itself, which may be large, block by block.
+        rows = self.deal.group_rows if self.deal.batches_together > 1 else self.deal.block_rows
+        pieces = self.deal.positions(window).reshape(-1, rows)
+        together = max(1, PART_BYTES // (rows * self.deal.image_bytes))
+        for first in range(0, len(pieces), together):
+            part = self._part(pieces[first : first + together].ravel(), kept, bad)
+            self._check_share(bad, min(first + together, len(pieces)) * rows)
             yield part
 
     def _part(self, position: NDArray[np.int64], kept: RowGroups, bad: list[BadRow]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Every file of tests/pipelines/hostile.py becomes exactly what it must, and costs no other."""
 
+import io
 import json
 import re
 from dataclasses import replace
@@ -133,3 +134,16 @@ def test_a_name_that_is_not_utf_8_is_quarantined(folder: Folder, tmp_path: Path,
         manifest = ingest(IngestPlan.make(Folder(str(raw)), folder / str(i), config))
         assert manifest.rows == 1
         assert quarantined(folder / str(i)) == {r"b\udcffd.png": "its name is not UTF-8"}
+
+
+def test_a_side_that_jpeg_has_no_room_for_costs_its_image(tmp_path: Path) -> None:
+    source = Folder(str(tmp_path / "in"))
+    for name, size in (("long.png", (65_600, 2)), ("fine.png", (8, 8))):
+        file = io.BytesIO()
+        Image.new("RGB", size).save(file, "PNG")
+        source.put(name, file.getvalue())
+    config = replace(CONFIG, side=0, encoding="jpeg")
+    manifest = ingest(IngestPlan.make(source, Folder(str(tmp_path / "out")), config))
+    assert manifest.rows == 1
+    listed = [json.loads(line) for line in Folder(str(tmp_path / "out")).get("quarantine.jsonl").splitlines()]
+    assert [bad["path"] for bad in listed] == ["long.png"] and "cannot be written as jpeg" in listed[0]["reason"]

@@ -23,10 +23,11 @@ from pipelines.errors import ConfigurationError, DataError, TryAgainError
 from pipelines.images import View, encode
 from pipelines.ingest import IngestJob, dry_run, ingest, ingest_job
 from pipelines.ingest_plan import IngestConfig, IngestPlan
+from pipelines.local_files import Stored
 from pipelines.manifest import Manifest
 from pipelines.parts import DigestPart, Part, WritePart, as_row, do, find_duplicates, rows_for
 from pipelines.retries import retries
-from pipelines.storage import Folder, Stored
+from pipelines.storage import Folder
 
 CODE = Path(__file__).parents[2]
 CONFIG = IngestConfig(side=8, channels=1, shard_rows=500, row_group_rows=64)

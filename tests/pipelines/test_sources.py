@@ -15,8 +15,9 @@ from pipelines import sources as module
 from pipelines.errors import ConfigurationError, DataError, TryAgainError
 from pipelines.images import encode
 from pipelines.labels import read_labels, sorted_labels
+from pipelines.local_files import Stored
 from pipelines.sources import Entry, Source, kind_of, of_kind, portions
-from pipelines.storage import Folder, Stored
+from pipelines.storage import Folder
 
 N = 30
 PICTURES = [encode(np.full((4, 4, 3), i, np.uint8), "png") for i in range(N)]
@@ -170,6 +171,25 @@ def test_a_broken_tar_costs_what_comes_after_the_break(cut: str, folder: Folder)
     assert [entry.data for entry in found[: broken[0]]] in (PICTURES[:good], PICTURES[: good + 1])
 
 
+@pytest.mark.parametrize("label", ['{"label": "\\ud83d"}', "[" * 100_000], ids=["half a character", "too deep"])
+def test_a_label_that_nothing_can_hold_costs_its_image(label: str, folder: Folder) -> None:
+    folder.put("t.tar", tar([("1.png", PICTURES[0]), ("1.json", label.encode()), ("2.png", PICTURES[1])]))
+    bad, fine = entries(folder, "tar")
+    assert bad.data == b"" and bad.label is None and bad.reason.startswith("its label ")
+    assert fine == Entry("t.tar/2.png", PICTURES[1], None)
+
+
+def test_a_name_that_never_ends_costs_what_comes_after_it(folder: Folder) -> None:
+    long_name = tarfile.TarInfo("././@LongLink")
+    long_name.type, long_name.size = tarfile.GNUTYPE_LONGNAME, 5
+    chain = (long_name.tobuf(tarfile.GNU_FORMAT) + b"name\0".ljust(512, b"\0")) * 2000
+    folder.put("bad.tar", tar([("1.png", PICTURES[0])], end=False) + chain + bytes(1024))
+    folder.put("fine.tar", tar(samples()))
+    found = entries(folder, "tar")
+    assert [entry.path for entry in found if entry.reason] == ["bad.tar"]
+    assert [entry.data for entry in found if not entry.reason][-N:] == PICTURES
+
+
 def test_a_tar_without_its_end_is_broken(folder: Folder) -> None:
     """All members are there, but who can know?"""
     folder.put("a.tar", tar(samples(), end=False))
@@ -206,7 +226,10 @@ def test_parquet_holds_rows(layout: str, folder: Folder) -> None:
     folder.put("a.parquet", parquet({column["label"]: labels, column["image"]: images, "other": labels}, 8, metadata))
     found = entries(folder, "parquet", image_column=column["image"], label_column=column["label"])
     words = ["cat", "dog", "elk"] if layout == "named" else ["0", "1", "2"]
-    assert found == [Entry(f"a.parquet/{i}", PICTURES[i], None if i == 29 else words[i % 3]) for i in range(N)]
+    assert found == [
+        Entry(f"a.parquet/{i}", PICTURES[i], (None if layout == "named" else "-1") if i == 29 else words[i % 3])
+        for i in range(N)
+    ]
 
 
 def test_a_broken_row_costs_itself_and_no_label_is_none(folder: Folder) -> None:

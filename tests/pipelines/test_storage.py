@@ -1,10 +1,12 @@
+import errno
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pipelines.errors import ConfigurationError, DataError, TryAgainError
+from pipelines.errors import ConfigurationError, DamagedError, DataError, TryAgainError
 from pipelines.storage import Folder, absolute
 
 
@@ -98,3 +100,39 @@ def test_a_file_in_the_way_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(DataError, match=r"file/x cannot be read or written: (NotADirectory|FileExists)Error"):
         Folder(str(tmp_path / "file")).put("x", b"")
+
+
+def test_links_are_followed_and_what_leads_nowhere_is_empty(tmp_path: Path) -> None:
+    elsewhere, root = tmp_path / "elsewhere", tmp_path / "root"
+    (elsewhere / "dogs").mkdir(parents=True)
+    (elsewhere / "dogs" / "a.png").write_bytes(b"dog")
+    (root / "cats").mkdir(parents=True)
+    (root / "cats" / "b.png").write_bytes(b"a cat")
+    (root / "dogs").symlink_to(elsewhere / "dogs")
+    (root / "c.png").symlink_to(elsewhere / "dogs" / "a.png")
+    (root / "gone.png").symlink_to(elsewhere / "gone.png")
+    (root / "cats" / "round").symlink_to(root)
+    folder = Folder(str(root))
+    found = folder.find()
+    assert [(file.name, file.size_bytes) for file in found] == [
+        ("c.png", 3), ("cats/b.png", 5), ("dogs/a.png", 3), ("gone.png", 0),
+    ]  # fmt: skip
+    there = [file for file in found if file.size_bytes]
+    assert folder.get_unchanged([f.name for f in there], [f.version for f in there]) == [b"dog", b"a cat", b"dog"]
+    os.utime(elsewhere / "dogs" / "a.png", (1, 1))
+    with pytest.raises(DamagedError, match=r"c\.png is not the object that was listed"):
+        folder.get_unchanged(["c.png"], [found[0].version])
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    scandir = os.scandir
+
+    def refused(path: str) -> Any:  # root, who runs some tests, may read all
+        if str(path).endswith("b"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(DataError, match="Permission denied"):
+        Folder(str(tmp_path)).find()

@@ -32,6 +32,14 @@ def test_what_is_put_is_got_and_listed(s3: Folder) -> None:
     assert s3.find() == [] and s3.names() == []
 
 
+def test_a_name_may_hold_two_slashes(s3: Folder) -> None:
+    """An object store has no folders: these are three objects."""
+    for name in ("a.png", "/a.png", "b//a.png"):
+        s3.put(name, name.encode())
+    assert [found.name for found in s3.find()] == ["/a.png", "a.png", "b//a.png"]
+    assert s3.get_many(["/a.png", "a.png", "b//a.png"]) == [b"/a.png", b"a.png", b"b//a.png"]
+
+
 def test_ranges_are_those_of_slices(s3: Folder, tmp_path: Path) -> None:
     data = np.random.default_rng(0).bytes(1000)
     s3.put("a", data)
