@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -132,13 +132,12 @@ def bare(rank: int, size: int) -> Iterator[None]:
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
     here = config.micro_batches // size
     while True:
-        for i in range(here):
+        for _ in range(here):
             rows = torch.randint(len(x_0), (config.micro_images,))
             t = torch.randint(1, table.steps + 1, (config.micro_images,))
             eps = torch.randn(config.micro_images, 1, 8, 8)
             x_t = alpha_bar[t].view(-1, 1, 1, 1) * x_0[rows] + beta_bar[t].view(-1, 1, 1, 1) * eps
-            with network.no_sync() if size > 1 and i < here - 1 else nullcontext():
-                ((eps - network(x_t, t)).square().mean() / here).backward()
+            ((eps - network(x_t, t)).square().mean() / here).backward()  # of two processes each has one a step
         nn.utils.clip_grad_norm_(parameters, config.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -33,14 +33,13 @@ def walk(root: str) -> Iterator[Stored]:
 
     for folder, folders, names in os.walk(root, followlinks=True, onerror=fail):
         within = os.path.realpath(folder) + "/"
-        in_a_circle = [each for each in folders if within.startswith(os.path.realpath(f"{folder}/{each}") + "/")]
-        folders[:] = sorted(set(folders) - set(in_a_circle))
-        for name in names:
-            path, relative = f"{folder}/{name}", os.path.relpath(f"{folder}/{name}", root)
+        folders[:] = [each for each in folders if not within.startswith(os.path.realpath(f"{folder}/{each}") + "/")]
+        for path in (f"{folder}/{name}" for name in names):
+            name = path.removeprefix(root).lstrip("/")
             try:
-                yield stored(relative, path)
+                yield stored(name, path)
             except FileNotFoundError:  # a link that leads nowhere
-                yield Stored(relative, 0, "")
+                yield Stored(name, 0, "")
 
 
 def stored(name: str, path: str) -> Stored:

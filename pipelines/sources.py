@@ -129,7 +129,7 @@ class Source:
         if not _is_text(entry.path):
             path = entry.path.encode(errors="backslashreplace").decode()
             return entry._replace(path=path, data=b"", reason="its name is not UTF-8")
-        if self.labels == "own" and entry.label is not None and not _is_text(entry.label):
+        if self.labels == "own" and not _is_text(entry.label or ""):
             return entry._replace(label=None, data=b"", reason="its label is not UTF-8")
         if entry.reason or self.labels == "own":
             return entry
