@@ -1,17 +1,19 @@
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
+from ray.train.v2._internal.execution.controller.state import InitializingState, RunningState
 
+from pipelines import foreman
 from pipelines.errors import DataError, TryAgainError
 from pipelines.fit import DivergedError
-from pipelines.foreman import NotAgain, leave
+from pipelines.foreman import Foreman, NotAgain, leave
 from pipelines.stream import StreamOrderError
 from tests.processes import CODE
-
 
 GONE = RuntimeError("connection closed by peer")
 """What a rank meets whose peer is no more."""
@@ -67,6 +69,22 @@ def test_ranks_that_fail_again_and_again_with_no_loss_fail_of_themselves() -> No
     with pytest.raises(RuntimeError) as last:
         judge.after_exception(None, {0: GONE})
     assert last.value is GONE
+
+
+def test_workers_that_wait_for_room_are_spoken_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = threading.Semaphore(0)
+    waiting, running = InitializingState(), RunningState()
+    monkeypatch.setattr(foreman, "WAITING_S", 0.01)
+    one = Foreman(said.release)
+    for _ in range(2):  # at each wait once
+        one.after_controller_state_update(running, waiting)
+        one.after_controller_state_update(waiting, waiting)
+        assert said.acquire(timeout=60)
+        one.after_controller_state_update(waiting, running)
+    monkeypatch.setattr(foreman, "WAITING_S", 0.2)
+    one.after_controller_state_update(running, waiting)
+    one.after_controller_state_update(waiting, running)
+    assert not said.acquire(timeout=1), "they have started"
 
 
 RANK = """
