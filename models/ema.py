@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 WIDEST = 12**-0.5
 """The σ_rel of the plain mean, γ = 0."""
@@ -70,6 +71,19 @@ class EMA:
         _move(self.shadow, model, keep=0.5 ** (batch_images / half_life))
         for std, shadow in self.power.items():
             _move(shadow, model, keep=(1 - batch_images / images_seen) ** (gamma_of(float(std)) + 1))
+
+    @torch.no_grad()
+    def distance(self, model: nn.Module) -> float:
+        """Return ‖θ - θ̄‖ / ‖θ‖, how far the weights are from their exponential average. (all ranks)
+
+        Small while the average follows: it then says little that the weights do not. 0 if all weights are 0.
+        """
+        own = [p.detach() for p in model.parameters()]
+        apart, whole = (
+            norm.full_tensor() if isinstance(norm, DTensor) else norm
+            for norm in map(nn.utils.get_total_norm, (torch._foreach_sub(own, list(self.shadow.values())), own))
+        )
+        return float(apart / whole) if whole else 0.0
 
     @contextmanager
     def applied_to(self, model: nn.Module, average: Mapping[str, Tensor] | None = None) -> Iterator[None]:

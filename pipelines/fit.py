@@ -6,6 +6,7 @@ Progress is counted in images. Everything drawn here is a function of (seed, pos
 
 import logging
 import math
+import resource
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -186,13 +187,17 @@ def fit(  # noqa: PLR0912, PLR0915  (the one long story)
 
         # Say how it goes.
         if state.position % config.log_images == 0 or state.position == config.images:
-            replaced, retried = world.sum(torch.tensor([feed.replaced, feed.retried], device=world.device)).tolist()
+            mine = torch.tensor([feed.replaced, feed.retried, peak_memory_mb(world.device)], device=world.device)
+            replaced, retried, memory_mb = world.sum(mine).tolist()
             seconds = time.perf_counter() - since
             metrics = {
                 **by_band(world.sum(state.losses)),
                 "gradient_norm": norm,
                 "learning_rate": optimizer.param_groups[0]["lr"],
+                "ema_distance": state.ema.distance(model),
                 "images_per_s": (state.position - reported) / seconds,
+                "images_per_s_per_worker": (state.position - reported) / seconds / world.size,
+                "memory_mb_per_worker": memory_mb / world.size,
                 "data_wait_percent": 100 * feed.waited_s / seconds,
                 "images_replaced": replaced,
                 "storage_retries": retried,
@@ -219,6 +224,13 @@ def fit(  # noqa: PLR0912, PLR0915  (the one long story)
         if leaving:
             return listener.leave(state)
     return listener.flush()
+
+
+def peak_memory_mb(device: torch.device) -> int:
+    """Return the most memory that this process has held so far, in MB (10⁶ bytes): of the GPU if it has one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) // 10**6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 // 10**6
 
 
 def band_of(t: Tensor, T: int) -> Tensor:

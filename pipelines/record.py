@@ -33,6 +33,14 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Used:
+    """What a node was used for until a position."""
+
+    position: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Picture:
     """Sample images of the loop at a position, float [n, C, H, W]."""
 
@@ -94,7 +102,7 @@ class Warned:
     text: str
 
 
-Message: TypeAlias = Report | Picture | Committed | NotCommitted | Started | Left | Hanging | Warned
+Message: TypeAlias = Report | Used | Picture | Committed | NotCommitted | Started | Left | Hanging | Warned
 
 
 def send(wire: Queue, message: Message) -> None:
@@ -138,6 +146,8 @@ class Record:
                 for name in ("images_replaced", "storage_retries", "steps_skipped"):
                     self.last[name] = self.last.get(name, 0) + metrics[name]
                 self._progress.update(position, metrics)
+                self._tracker.metrics(metrics, position)
+            case Used(position, metrics):
                 self._tracker.metrics(metrics, position)
             case Picture(position, samples):
                 self._tracker.picture(contact_sheet(x_0_to_pixels(samples).numpy()), "samples", position)

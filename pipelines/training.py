@@ -1,6 +1,6 @@
 """A training job from its beginning to its end: data → workers → checkpoints → samples → score, and the record of it.
 
-All of this runs in the driver; what the workers do is in :mod:`pipelines.workers`.
+All of this runs in the driver; what the workers do is in :mod:`pipelines.worker`.
 """
 
 import hashlib

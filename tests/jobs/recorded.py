@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jobs.train import main
-from pipelines import workers
+from pipelines import worker, workers
 from pipelines.cluster import cluster
 from pipelines.stream import Batch, Deal, batches
 
@@ -63,10 +63,10 @@ def record(out: str, die_at: int, shard: Any, deal: Deal, rank: int, world: int)
         yield batch
 
 
-def train_worker(out: str, die_at: int, task: workers.TrainTask) -> None:
-    """Stand in for :func:`pipelines.workers.train_worker`."""
-    workers.batches = functools.partial(record, out, die_at)
-    workers.train_worker(task)  # in the process of a worker it is the one of the product
+def train_worker(out: str, die_at: int, task: worker.TrainTask) -> None:
+    """Stand in for :func:`pipelines.worker.train_worker`."""
+    worker.batches = functools.partial(record, out, die_at)
+    worker.train_worker(task)  # in the process of a worker it is the one of the product
 
 
 if __name__ == "__main__":

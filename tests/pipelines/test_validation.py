@@ -27,7 +27,7 @@ from pipelines.plan import held_out_rows
 from pipelines.storage import Folder
 from pipelines.tracking import NoTracker
 from pipelines.validation import METRIC, HeldOut, Validator, in_bands, losses, read_held_out, timesteps, validation_loss
-from pipelines.workers import TrainTask
+from pipelines.worker import TrainTask
 from pipelines.world import World
 from tests.models.independent import SCHEDULES, alpha_bars, best_for_gaussian
 from tests.pipelines.helpers import ABOUT, FIT, TINY
