@@ -1,15 +1,20 @@
 """Named runs. Each states its command, what it runs on, how long it takes there and what comes out."""
 
+from dataclasses import replace
+from typing import Literal
+
 from models.network import NetworkConfig
+from models.schedule import article, rate_that_leaves
 from models.unet import UNetConfig
 from pipelines.config import DataConfig, DrawConfig, TrainJob
 from pipelines.fit_config import FitConfig
 from pipelines.ingest_plan import IngestConfig
 from pipelines.scaling import ScalingConfig
+from pipelines.sweep_plan import SweepJob
 
 DIGITS = TrainJob(
     name="digits",
-    data=DataConfig(builtin="digits", ingest=IngestConfig(side=8, channels=1, shard_rows=512)),
+    data=DataConfig(builtin="digits", held_out=97, ingest=IngestConfig(side=8, channels=1, shard_rows=512)),
     network=NetworkConfig(unet=UNetConfig(channels=32, multipliers=(1, 2), blocks=1, attention=(4,))),
     fit=FitConfig(images=204_800, batch_images=128, micro_images=64),
     scaling=ScalingConfig(workers=2),
@@ -42,6 +47,39 @@ CIFAR10 = TrainJob(
 )
 """``jobs/train.py cifar10 --data.url s3://bucket/images``: the network and the length of the DDPM paper, for 8 GPUs.
 Not yet run to its end here: nothing is promised."""
+
+LEFT = float(article().alpha_bar[-1])
+"""ᾱ_T of the article, e^-5.04: what its schedule of 1000 steps leaves of a picture."""
+
+
+def _end_alike(kind: Literal["article", "constant"], T: int) -> str:
+    """The grid of one child whose schedule tears down as much as the article's."""
+    rate = rate_that_leaves(kind, T, LEFT)
+    return f"schedule.kind={kind} schedule.T={T} schedule.rate={rate:.6g} draw.steps={T}"
+
+
+ARTICLE = SweepJob(
+    name="article",
+    grid=(
+        *(_end_alike(kind, T) for kind in ("article", "constant") for T in (25, 100, 1000)),
+        "fit.objective.loss=reduced,two-noise draw.steps=100",
+        "draw.sampler=random,greedy draw.steps=100",
+    ),
+    train=replace(
+        DIGITS,
+        fit=replace(DIGITS.fit, images=51_200, log_images=6_400),
+        evaluate_images=512,
+        draw=DrawConfig(sampler="random", steps=100),
+    ),
+)
+"""``jobs/sweep.py article``: what the article asks. Must T be as large as 1000, and why should α_t fall? Each schedule
+leaves the same ᾱ_T and is built up again in T random steps. And: the two-noise loss beside the reduced one, greedy
+building beside random. Ten short runs on the digits: half an hour on 2 CPU cores."""
+
+SWEEPS: dict[str, tuple[str, SweepJob]] = {
+    "article": ("T and α_t, the loss and the way of building, as the article asks; half an hour", ARTICLE),
+    "digits": ("the digits as a start for grids of your own: add --grid", SweepJob(grid=("seed=0,1",), train=DIGITS)),
+}
 
 PRESETS: dict[str, tuple[str, TrainJob]] = {
     "digits": ("1,797 real handwritten digits on a laptop, in minutes", DIGITS),

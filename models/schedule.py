@@ -186,6 +186,21 @@ def cosine(T: int = 1000, offset: float = 0.008) -> Schedule:
     return _from_beta_squared((1 - f[1:] / f[:-1]).clamp(max=0.999))
 
 
+def rate_that_leaves(kind: Literal["article", "linear", "constant"], T: int, alpha_bar_T: float) -> float:
+    """Return the rate with which a schedule of T steps ends at ᾱ_T, so that schedules of any T tear down as much.
+
+    Raises:
+        ValueError: if no rate below 1 tears down as much in so few steps.
+    """
+    make = {"article": article, "linear": linear, "constant": constant}[kind]
+    low, high = 0.0, min(1.0, 2 * T / (T + 1)) * (1 - 1e-12)
+    if float(make(T, high).log_alpha_bar[-1]) > math.log(alpha_bar_T):
+        raise ValueError(f"schedule.T is {T}; {kind} cannot tear down to ᾱ_T = {alpha_bar_T:.3g} in so few steps")
+    while (middle := (low + high) / 2) not in (low, high):  # ᾱ_T falls as the rate rises
+        low, high = (low, middle) if make(T, middle).log_alpha_bar[-1] < math.log(alpha_bar_T) else (middle, high)
+    return high
+
+
 def given(betas: Sequence[float]) -> Schedule:
     """β_t² as given for t = 1..T: what the DDPM paper and `diffusers` call betas."""
     return _from_beta_squared(torch.tensor(betas, dtype=torch.float64))

@@ -114,6 +114,8 @@ class TrackingConfig:
     """An MLflow tracking URI, or `none`. Empty: MLFLOW_TRACKING_URI if that is set, else SQLite in the root."""
     experiment: str = "brickyard"
     """The MLflow experiment."""
+    parent: str = ""
+    """The id of the run that this one is a child of, as jobs/sweep.py sets it."""
 
     def __post_init__(self) -> None:
         if "@" in urlsplit(self.uri).netloc:

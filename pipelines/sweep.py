@@ -1,0 +1,229 @@
+"""Many training jobs that differ in some settings, side by side, under one run that holds them together.
+
+A *child* is a training job of its own, in a process of its own: it can be killed, it goes on when the sweep is run
+again, and the same settings make the same run outside of a sweep too. The sweep keeps, below ``<root>/sweeps/<name>/``,
+what each child that is done has said, and does not start it again.
+"""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from pipelines import validation
+from pipelines.cluster import cluster
+from pipelines.config import TrainJob
+from pipelines.errors import BrickyardError, TryAgainError
+from pipelines.plain import to_dict, to_yaml
+from pipelines.scoring import METRIC
+from pipelines.storage import Folder
+from pipelines.sweep_plan import SweepJob
+from pipelines.tracking import open_tracker
+from pipelines.training import RUN
+
+TRAIN = Path(__file__).parent.parent / "jobs" / "train.py"
+COLUMNS = (METRIC, validation.METRIC, "loss", "images", "images_per_s", "seconds")
+"""What a child says that goes into the table."""
+AGAIN = {75, 130, -signal.SIGKILL, -signal.SIGTERM}
+"""Exit codes of children that the same command continues."""
+
+log = logging.getLogger("brickyard.sweep")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a child ended."""
+
+    code: int
+    """Its exit code, or minus the signal that ended it."""
+    said: dict[str, Any]
+    """The line that it put on stdout."""
+
+
+class _Children:
+    """Runs children in processes of their own, and ends those that run when the sweep has to."""
+
+    def __init__(self, job: SweepJob, parent: str) -> None:
+        self._job, self._parent = job, parent
+        self._lock, self._ending = threading.Lock(), False
+        self._running: set[subprocess.Popen[str]] = set()
+
+    def run(self, apart: str, child: TrainJob) -> Outcome:
+        """Run a child to its end, in a thread. Its log goes to ``<its name>.log`` in the sweep's folder."""
+        child = replace(child, tracking=replace(child.tracking, parent=self._parent))
+        with tempfile.TemporaryDirectory() as folder:
+            config, log_file = Path(folder) / "config.yaml", Path(folder) / "log"
+            config.write_text(to_yaml(child))
+            with log_file.open("w") as stderr, self._lock:
+                if self._ending:
+                    return Outcome(130, {})
+                process = subprocess.Popen(
+                    [sys.executable, str(TRAIN), "--config", str(config)],
+                    stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True,
+                )  # fmt: skip
+                self._running.add(process)
+            log.info("%s: starts", apart)
+            out, _ = process.communicate()
+            with self._lock:
+                self._running.discard(process)
+            self._job.folder.put(f"{child.name}.log", log_file.read_bytes())
+        lines = out.splitlines()
+        return Outcome(process.returncode, json.loads(lines[-1]) if lines else {})
+
+    def end(self) -> None:
+        """Have the children that run leave, as by Ctrl-C; they can be gone on with."""
+        with self._lock:
+            self._ending = True
+            for process in self._running:
+                process.terminate()
+
+
+def sweep(job: SweepJob) -> dict[str, Any]:
+    """Run the children that are not done, and make the table of all.
+
+    Returns:
+        The rows of the table, best score first, and where it is.
+
+    Raises:
+        TryAgainError: if children did not get to their ends that may with the same command.
+        BrickyardError: if others failed.
+    """
+    began, children, folder = time.perf_counter(), job.children, job.folder
+    folder.create(RUN, json.dumps({"id": uuid.uuid4().hex}).encode())
+    parent = json.loads(folder.get(RUN))["id"]
+    tracker = open_tracker(
+        job.train.tracking, Folder(job.train.root), folder, job.name, parent,
+        parameters={"grid": " | ".join(job.grid), "children": len(children)}, tags={"brickyard.sweep": job.name},
+    )  # fmt: skip
+    try:
+        tracker.file("sweep.yaml", to_yaml(job).encode())
+        outcomes = _run(job, children, parent)
+        rows = _table(children, outcomes)
+        text = _in_words(rows)
+        folder.put("table.json", json.dumps(rows, indent=1).encode())
+        folder.put("table.txt", text.encode())
+        tracker.file("table.json", json.dumps(rows, indent=1).encode())
+        tracker.file("table.txt", text.encode())
+        log.info("done\n\n%s\n", text)
+        _check(job, children, outcomes)
+        tracker.finish("FINISHED")
+    except KeyboardInterrupt:
+        tracker.finish("KILLED")
+        raise
+    except BaseException:
+        tracker.finish("FAILED")
+        raise
+    return {
+        "children": rows,
+        "table": f"{folder.url}/table.txt",
+        "seconds": round(time.perf_counter() - began, 1),
+        "tracking_run": tracker.tracker_id,
+        "see": tracker.see,
+    }
+
+
+def dry_run(job: SweepJob) -> dict[str, Any]:
+    """Return which children there are and which of them are done, having changed nothing."""
+    done = {apart for apart, child in job.children.items() if _done(job, child)}
+    return {
+        "dry_run": True,
+        "children": {apart: "done" if apart in done else "to train" for apart in job.children},
+        "folder": job.folder.url,
+    }
+
+
+def _run(job: SweepJob, children: dict[str, TrainJob], parent: str) -> dict[str, Outcome]:
+    outcomes = {apart: found for apart, child in children.items() if (found := _done(job, child))}
+    to_do = {apart: child for apart, child in children.items() if apart not in outcomes}
+    if not to_do:
+        return outcomes
+    with cluster():
+        room = min(job.room(ray.cluster_resources()), len(to_do))
+        log.info("%d children, %d of them done; %d train at once", len(children), len(outcomes), room)
+        before = os.environ.get("RAY_ADDRESS")
+        os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address  # one cluster for all
+        processes = _Children(job, parent)
+        pool = ThreadPoolExecutor(room)
+        try:
+            waiting: dict[Future[Outcome], str] = {
+                pool.submit(processes.run, apart, child): apart for apart, child in to_do.items()
+            }
+            while waiting:
+                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    apart = waiting.pop(future)
+                    outcomes[apart] = outcome = future.result()
+                    _keep(job, apart, children[apart], outcome)
+                    said = outcome.said.get(METRIC, outcome.said.get("loss", outcome.said.get("error", "")))
+                    log.info("%d of %d: %s: exit %d, %s", len(outcomes), len(children), apart, outcome.code, said)
+        finally:
+            processes.end()
+            pool.shutdown(cancel_futures=True)
+            os.environ.pop("RAY_ADDRESS")
+            if before is not None:
+                os.environ["RAY_ADDRESS"] = before
+    return outcomes
+
+
+def _keep(job: SweepJob, apart: str, child: TrainJob, outcome: Outcome) -> None:
+    if outcome.code == 0:
+        about = {"apart": apart, "config": to_dict(child), "said": outcome.said}
+        job.folder.put(f"{child.name}.json", json.dumps(about, indent=1).encode())
+
+
+def _done(job: SweepJob, child: TrainJob) -> Outcome | None:
+    """Return what a child said that is done, if it was asked for the same; otherwise it is started and finds out."""
+    name = f"{child.name}.json"
+    if not job.folder.exists(name):
+        return None
+    about = json.loads(job.folder.get(name))
+    return Outcome(0, about["said"]) if about["config"] == to_dict(child) else None
+
+
+def _table(children: dict[str, TrainJob], outcomes: dict[str, Outcome]) -> list[dict[str, Any]]:
+    rows = [
+        {"child": apart, **{name: outcomes[apart].said[name] for name in COLUMNS if name in outcomes[apart].said}}
+        | ({} if outcomes[apart].code == 0 else {"error": outcomes[apart].said.get("error", outcomes[apart].code)})
+        for apart in children
+    ]
+    order = next((name for name in COLUMNS if any(name in row for row in rows)), "child")
+    return sorted(rows, key=lambda row: (order not in row, row.get(order, 0)))
+
+
+def _in_words(rows: list[dict[str, Any]]) -> str:
+    """Return the table for people, a line for each child."""
+    names = [name for name in ("child", *COLUMNS, "error") if any(name in row for row in rows)]
+    cells = [names, *([_cell(row.get(name, "")) for name in names] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
+    )
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _check(job: SweepJob, children: dict[str, TrainJob], outcomes: dict[str, Outcome]) -> None:
+    failed = {apart: outcome for apart, outcome in outcomes.items() if outcome.code}
+    if not failed:
+        return
+    kind = TryAgainError if all(outcome.code in AGAIN for outcome in failed.values()) else BrickyardError
+    words = "; ".join(
+        f"{apart}: exit {outcome.code}, {outcome.said.get('error', 'no word')}" for apart, outcome in failed.items()
+    )
+    raise kind(
+        f"{len(failed)} of {len(children)} children did not get to their end: {words}. Their logs are in "
+        f"{job.folder.url}; run the same command to go on"
+    )
