@@ -24,6 +24,7 @@ from pipelines.config import SampleJob, TrainJob
 from pipelines.digits import write_digits
 from pipelines.errors import ConfigurationError, checked
 from pipelines.exchange import write_pipeline
+from pipelines.figures import loss_figure, schedule_figure
 from pipelines.images import View
 from pipelines.ingest import ingest
 from pipelines.ingest_plan import IngestPlan
@@ -90,6 +91,7 @@ def _train_on(job: TrainJob, data: Folder, manifest: Manifest) -> dict[str, Any]
     )
     try:
         tracker.file("config.yaml", to_yaml(job).encode())
+        tracker.file("schedule.png", schedule_figure(job.schedule.tables()))
         about = describe(job, data, manifest, tracker)
         with cluster(), Validator(job, data, manifest, tracker) as validator:
             summary = _train(job, data, manifest, about, tracker, validator)
@@ -98,7 +100,9 @@ def _train_on(job: TrainJob, data: Folder, manifest: Manifest) -> dict[str, Any]
             tracker.tags({"brickyard.export": export(job, trained)})
             if job.evaluate_images:
                 summary |= evaluate(job, trained, tracker)
-        summary |= validator.last
+        if validator.last:
+            summary |= validator.last.means
+            tracker.file("loss-over-t.png", loss_figure(validator.last))
         tracker.finish("FINISHED")
     except KeyboardInterrupt:
         tracker.finish("KILLED")

@@ -116,8 +116,25 @@ def in_bands(t: Tensor, loss: Tensor, T: int) -> dict[str, float]:
     return by_band(loss.new_zeros(2, BANDS).index_add_(1, band_of(t, T), counted), METRIC)
 
 
-def validation_loss(trained: Trained, held: HeldOut, device: torch.device | None = None) -> dict[str, float]:
-    """Return the loss of a checkpoint's averaged weights, overall and in bands of t, in units of ε whatever its target.
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """The loss of a checkpoint's averaged weights over t, in units of ε whatever its target."""
+
+    position: int
+    T: int
+    t: Tensor
+    """int64 [n], of each image that was held out."""
+    loss: Tensor
+    """float64 [n]."""
+
+    @property
+    def means(self) -> dict[str, float]:
+        """The mean, and that of each band of t, by the names that they are recorded under."""
+        return in_bands(self.t, self.loss, self.T)
+
+
+def validation_curve(trained: Trained, held: HeldOut, device: torch.device | None = None) -> Curve:
+    """Return the loss of a checkpoint on images that are held out.
 
     Raises:
         DataError: if a file of the checkpoint is missing or is not what was committed.
@@ -125,15 +142,15 @@ def validation_loss(trained: Trained, held: HeldOut, device: torch.device | None
     device = device or torch.device("cpu")
     network, schedule = trained.network(averaged=True).to(device), trained.schedule().to(device)
     t, loss = losses(lambda label: trained.eps_theta(network, label, 1.0), schedule, held)
-    return in_bands(t, loss, schedule.steps)
+    return Curve(trained.checkpoint.position, schedule.steps, t, loss)
 
 
-def measure(checkpoint: Folder, held: HeldOut, on_gpu: bool) -> dict[str, float]:
-    """The task: the folder of a checkpoint to its :func:`validation_loss`."""
+def measure(checkpoint: Folder, held: HeldOut, on_gpu: bool) -> Curve:
+    """The task: the folder of a checkpoint to its :func:`validation_curve`."""
     os.nice(19)  # of the processors of its node it takes what the others leave
     torch.set_num_threads(1)
     trained = Trained(checkpoint, checkpoints.read(checkpoint))
-    return validation_loss(trained, held, torch.device("cuda" if on_gpu else "cpu"))
+    return validation_curve(trained, held, torch.device("cuda" if on_gpu else "cpu"))
 
 
 class Validator:
@@ -141,8 +158,8 @@ class Validator:
     last one, unless it ends in an error. Does nothing where nothing is held out."""
 
     def __init__(self, job: TrainJob, data: Folder, manifest: Manifest, tracker: Tracker) -> None:
-        self.last: dict[str, float] = {}
-        """The loss of the newest checkpoint that was taken up; empty as long as it is not known."""
+        self.last: Curve | None = None
+        """The loss of the newest checkpoint that was taken up; None as long as it is not known."""
         self._job, self._data, self._manifest, self._tracker = job, data, manifest, tracker
         self._due: SimpleQueue[int | None] = SimpleQueue()
         self._running: Any = None
@@ -199,7 +216,7 @@ class Validator:
     def _measure(self, position: int, images: Any) -> bool:
         """Measure a checkpoint and record it; return whether that was possible."""
         on_gpu, checkpoint = self._job.scaling.validate_on_gpu, self._job.run / checkpoints.folder_name(position)
-        self.last = {}
+        self.last = None
         # No CPU is set aside, or the tasks that read, and so training, would wait for it. The process, which has made
         # itself the last in line for good, is used once.
         task = ray.remote(num_cpus=0, num_gpus=int(on_gpu), max_calls=1)(measure)
@@ -210,6 +227,6 @@ class Validator:
             log.warning("%s at %d images is not on record: %s", METRIC, position, error)
             return False
         self.last = found
-        self._tracker.metrics(found, position)
-        log.info("images held out: a loss of %.4f at %d images", found[METRIC], position)
+        self._tracker.metrics(found.means, position)
+        log.info("images held out: a loss of %.4f at %d images", found.means[METRIC], position)
         return True

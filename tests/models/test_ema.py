@@ -114,6 +114,22 @@ def test_the_shadow_keeps_names_shapes_and_dtypes():
     }
 
 
+def test_the_distance_of_the_average_is_that_of_all_weights_as_one_vector():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    ema = EMA(model, EMAConfig())
+    assert ema.distance(model) == 0
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            p.add_(0.1 * (i + 1))
+    own = torch.cat([p.detach().flatten() for p in model.parameters()])
+    average = torch.cat([value.flatten() for value in ema.shadow.values()])
+    assert ema.distance(model) == pytest.approx(float((own - average).norm() / own.norm()), rel=1e-5)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert ema.distance(model) == 0
+
+
 def test_an_update_leaves_the_model_and_its_gradients_alone():
     net = model(2.0)
     net(torch.ones(1, 2).double()).sum().backward()

@@ -41,7 +41,7 @@ def test_it_speaks_when_it_should(digits: Digits, tiny_fit: FitConfig) -> None:
     bands = {f"loss_band_{i}_of_4" for i in range(1, 5)}
     assert set(ear.reports[0][1]) == bands | {
         "loss", "gradient_norm", "learning_rate", "images_per_s", "data_wait_percent", "images_replaced",
-        "storage_retries", "steps_skipped",
+        "storage_retries", "steps_skipped", "ema_distance", "images_per_s_per_worker", "memory_mb_per_worker",
     }  # fmt: skip
 
 

@@ -26,7 +26,16 @@ from pipelines.plain import to_dict
 from pipelines.plan import held_out_rows
 from pipelines.storage import Folder
 from pipelines.tracking import NoTracker
-from pipelines.validation import METRIC, HeldOut, Validator, in_bands, losses, read_held_out, timesteps, validation_loss
+from pipelines.validation import (
+    METRIC,
+    HeldOut,
+    Validator,
+    in_bands,
+    losses,
+    read_held_out,
+    timesteps,
+    validation_curve,
+)
 from pipelines.worker import TrainTask
 from pipelines.world import World
 from tests.models.independent import SCHEDULES, alpha_bars, best_for_gaussian
@@ -109,7 +118,7 @@ def test_it_is_the_error_of_the_average_at_fixed_t_and_eps(
 ) -> None:
     network, job = network_of(target, labels)
     average = {name: value.clone() for name, value in network.state_dict().items()}
-    found = validation_loss(committed(folder, network, job), held_of(digits))
+    found = validation_curve(committed(folder, network, job), held_of(digits)).means
     network.load_state_dict(average)
     ones = []
     for i in range(100):
@@ -127,7 +136,7 @@ def test_it_is_the_error_of_the_average_at_fixed_t_and_eps(
 
 def test_neither_the_seed_nor_the_size_of_a_batch_changes_it(folder: Folder, digits: Digits) -> None:
     one, two = (
-        validation_loss(committed(folder / str(seed), *network_of("eps", True, seed)), held_of(digits))
+        validation_curve(committed(folder / str(seed), *network_of("eps", True, seed)), held_of(digits)).means
         for seed in (0, 1)
     )
     assert one == two
@@ -205,8 +214,10 @@ def test_it_is_measured_beside_and_the_last_is_waited_for(
     positions = [position for position, _ in tracker.taken]
     assert positions == sorted(set(positions)) and positions[-1] == 384
     assert "validation_loss at 64 images is not on record" in caplog.text
-    expected = validation_loss(trained[2], read_held_out(root / "data", manifest, 100, GREY))
-    assert validator.last == tracker.taken[-1][1] == pytest.approx(expected, rel=1e-6)
+    expected = validation_curve(trained[2], read_held_out(root / "data", manifest, 100, GREY)).means
+    assert validator.last is not None and validator.last.means == tracker.taken[-1][1] == pytest.approx(
+        expected, rel=1e-6
+    )
 
     with pytest.raises(KeyError), Validator(job, root / "data", manifest, tracker) as validator:
         validator.take(128)
@@ -214,4 +225,4 @@ def test_it_is_measured_beside_and_the_last_is_waited_for(
     none = replace(job, data=replace(job.data, held_out=0))
     with Validator(none, root / "data", manifest, tracker) as validator:
         validator.take(384)
-    assert validator.last == {}
+    assert validator.last is None
