@@ -31,13 +31,12 @@ def loss_figure(curve: Curve) -> bytes:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     axes.scatter(t, loss, s=6, alpha=0.35, label="one image that was held out")
-    bins = ((t - 1) * BINS // T).long()
-    filled = bins.unique()
-    middle = (filled + 0.5) * T / BINS
-    axes.plot(middle, [float(loss[bins == i].mean()) for i in filled], color="black", label=f"mean of T/{BINS} steps")
-    axes.set(
-        xlabel="t", ylabel="‖ε - ε̂‖², a pixel", yscale="log", title=f"the loss over t, after {curve.position:,} images"
-    )
+    bins = (t - 1) * BINS // T
+    filled = sorted(set(bins.tolist()))
+    means = [float(loss[bins == i].mean()) for i in filled]
+    axes.plot([(i + 0.5) * T / BINS for i in filled], means, color="black", label=f"mean of T/{BINS} steps")
+    axes.set(xlabel="t", ylabel="‖ε - ε̂‖², a pixel", yscale="log")
+    axes.set_title(f"the loss over t, after {curve.position:,} images")
     axes.legend()
     return _png(figure)
 

@@ -215,9 +215,8 @@ def test_it_is_measured_beside_and_the_last_is_waited_for(
     assert positions == sorted(set(positions)) and positions[-1] == 384
     assert "validation_loss at 64 images is not on record" in caplog.text
     expected = validation_curve(trained[2], read_held_out(root / "data", manifest, 100, GREY)).means
-    assert validator.last is not None and validator.last.means == tracker.taken[-1][1] == pytest.approx(
-        expected, rel=1e-6
-    )
+    assert validator.last is not None
+    assert validator.last.means == tracker.taken[-1][1] == pytest.approx(expected, rel=1e-6)
 
     with pytest.raises(KeyError), Validator(job, root / "data", manifest, tracker) as validator:
         validator.take(128)
