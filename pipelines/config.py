@@ -114,8 +114,13 @@ class TrackingConfig:
     """An MLflow tracking URI, or `none`. Empty: MLFLOW_TRACKING_URI if that is set, else SQLite in the root."""
     experiment: str = "brickyard"
     """The MLflow experiment."""
+    spool_mb: int = 256
+    """What is to be recorded waits on disk while the tracker is away, up to so many MB; what does not fit is lost,
+    and that is said."""
 
     def __post_init__(self) -> None:
+        if self.spool_mb < 1:
+            raise ConfigurationError(f"tracking.spool_mb is {self.spool_mb}; it must be at least 1: try 256")
         if "@" in urlsplit(self.uri).netloc:
             raise ConfigurationError(
                 "tracking.uri holds a password, and configurations are printed and kept: leave it out and set "
