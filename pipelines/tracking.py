@@ -9,6 +9,7 @@ of the run, or by ``jobs/replay.py``. :mod:`pipelines.mlflow_run` and
 
 import logging
 import os
+import posixpath
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -231,7 +232,10 @@ class SpooledTracker(Tracker):
         self.append(Picture(key, int(position), _now_ms(), data))
 
     def file(self, name: str, data: bytes) -> None:
-        self.append(File(name, data))
+        if name.startswith(("/", "..")) or posixpath.normpath(name) != name:
+            self._say(f"file {name}", "%r is no name below the files of a run, and is not on record", name)
+        else:
+            self.append(File(name, data))
 
     def parameters(self, values: dict[str, Any]) -> None:
         """Record settings; those that are on record already are left as they are."""
