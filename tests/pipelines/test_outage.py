@@ -220,8 +220,10 @@ def test_a_bad_value_loses_itself(yard: Yard, caplog: pytest.LogCaptureFixture) 
     assert [yard.history(key)[0][1] for key in ("inf", "-inf")] == [1.7976931348623157e308, -1.7976931348623157e308]
     assert "loss!" not in run.data.metrics and run.data.tags["fine"] == "b" and len(run.data.tags["long"]) == 8000
     assert not [file for file in yard.client.list_artifacts(run.info.run_id) if file.path != "images"]
-    for words in ("'what+ever' cannot", "refuses the metric loss!", "refuses the parameter what?", "'../outside' is no name",
-                  "metric text is 'abc'", "metric none is None", "refuses the tag what?", "long has 7000"):  # fmt: skip
+    for words in (
+        "'what+ever' cannot", "'../outside' is no name", "refuses the metric loss!", "refuses the parameter what?",
+        "refuses the tag what?", "metric text is 'abc'", "metric none is None", "long has 7000",
+    ):  # fmt: skip
         assert caplog.text.count(words) == 1, words
 
 
