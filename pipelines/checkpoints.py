@@ -55,6 +55,7 @@ class Checkpoint:
     labels: list[str]
     tracking_uri: str
     tracking_run: str
+    """Our own id of the run, by which it is found in the tracker."""
     git_revision: str
     snapshots: list[str] = field(default_factory=list)
     """Names of the run's power-function averages until here."""

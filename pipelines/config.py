@@ -116,8 +116,13 @@ class TrackingConfig:
     """The MLflow experiment."""
     parent: str = ""
     """The id of the run that this one is a child of, as jobs/sweep.py sets it."""
+    spool_mb: int = 256
+    """What is to be recorded waits on disk while the tracker is away, up to so many MB; what does not fit is lost,
+    and that is said."""
 
     def __post_init__(self) -> None:
+        if self.spool_mb < 1:
+            raise ConfigurationError(f"tracking.spool_mb is {self.spool_mb}; it must be at least 1: try 256")
         if "@" in urlsplit(self.uri).netloc:
             raise ConfigurationError(
                 "tracking.uri holds a password, and configurations are printed and kept: leave it out and set "

@@ -1,41 +1,66 @@
-"""The record of runs in MLflow: the only file that imports it.
+"""The record of runs: it goes into a spool on disk, and from there to MLflow behind everybody's back.
 
-One named run is one MLflow run, across restarts: it is found again by a tag with the id in the run's folder.
-MLflow is spoken to from the driver alone, so that no worker ever waits for it; and a tracker that fails costs the
-record, not the run: every call that fails is said once and passed over.
+Nobody waits for a tracker: not a worker, since the driver alone records, and not the driver, since a record is written
+to a local file (:mod:`pipelines.spool`) that a thread empties (:mod:`pipelines.delivery`). A server that is away costs
+nothing but its users' patience: what it did not take is delivered when it is back, by this process, by the next start
+of the run, or by ``jobs/replay.py``. :mod:`pipelines.mlflow_run` and
+:mod:`pipelines.mlflow_find` have what MLflow must be told.
 """
 
 import logging
 import os
-import sys
-import threading
-from collections.abc import Callable
+import posixpath
+import sqlite3
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 import numpy as np
 
+from pipelines import leftovers
 from pipelines.config import TrackingConfig
+from pipelines.delivery import Delivery
+from pipelines.entries import Begin, End, Entry, File, Metrics, Parameters, Picture, Status, Tags, Target
 from pipelines.errors import ConfigurationError
-from pipelines.images import Pixels
+from pipelines.images import Pixels, encode
+from pipelines.spool import BATCH, MB, Spool
 from pipelines.storage import Folder
 
-TAG = "brickyard.run"
+if TYPE_CHECKING:
+    from pipelines.mlflow_run import MLflowRun
+
 TIMEOUT_S = "5"
-ATTEMPTS = "1"
-MAX_PARAM_CHARS = 500
+SERVER_PATIENCE_S, FILE_PATIENCE_S = 8.0, 60.0
+"""For how long the end of a job waits for a tracker that takes nothing: a server, or a database on this machine."""
+BYTES_PER_S = 1e6
+"""And it waits for one that takes something as long as that would need at this rate."""
+FEW = 100
+"""Parameters, or tags, in one entry: MLflow takes as many in one request."""
+MAX_PARAMETER_CHARS, MAX_TAG_CHARS = 6000, 8000
+"""What MLflow keeps of a value."""
+
+T = TypeVar("T")
 
 log = logging.getLogger("brickyard.tracking")
-Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
-class Tracker(Protocol):
-    """A recorded run."""
+class Tracker:
+    """A recorded run. This one records nothing."""
 
-    run_id: str
-    url: str
-    """How to see the run: a command or an address."""
+    run_id = ""
+    """Our own id of the run, by which the tracker knows it too."""
+
+    @property
+    def tracker_id(self) -> str:
+        """The tracker's own id of the run; empty as long as it is not known."""
+        return ""
+
+    @property
+    def see(self) -> str:
+        """How to see the run: a command or an address; or what to do so that it can be seen."""
+        return ""
 
     def metrics(self, values: dict[str, float], position: int) -> None:
         """Record values at a position. Positions that are on record already are passed over."""
@@ -44,26 +69,13 @@ class Tracker(Protocol):
         """Record a picture, uint8 [H, W, C], at a position; the UI shows those of a key as a sequence."""
 
     def file(self, name: str, data: bytes) -> None:
-        """Keep a file with the run."""
+        """Keep a file with the run, over one that had its name."""
 
     def tags(self, values: dict[str, str]) -> None:
         """Set tags."""
 
     def finish(self, status: Status) -> None:
         """End the run; the same command opens it again."""
-
-
-class NoTracker:
-    """Records nothing."""
-
-    run_id = ""
-    url = ""
-
-    def metrics(self, values: dict[str, float], position: int) -> None: ...
-    def picture(self, pixels: Pixels, key: str, position: int) -> None: ...
-    def file(self, name: str, data: bytes) -> None: ...
-    def tags(self, values: dict[str, str]) -> None: ...
-    def finish(self, status: Status) -> None: ...
 
 
 def resolve_uri(config: TrackingConfig, root: Folder) -> str:
@@ -83,30 +95,42 @@ def resolve_uri(config: TrackingConfig, root: Folder) -> str:
 
 
 def open_tracker(
-    config: TrackingConfig, root: Folder, name: str, run_id: str, parameters: dict[str, Any], tags: dict[str, str]
+    config: TrackingConfig,
+    root: Folder,
+    home: Folder,
+    name: str,
+    run_id: str,
+    parameters: dict[str, Any],
+    tags: dict[str, str],
 ) -> Tracker:
-    """Find or create the MLflow run of a run and set it RUNNING. Never fails: it may return a NoTracker.
+    """Begin to record a start of a run. Waits for no tracker and never fails: it may return one that records nothing.
 
     Args:
         config: where.
         root: for SQLite, and for pictures and files beside it.
+        home: the folder of the run.
         name: the run's name in MLflow; several may have it.
         run_id: our own id of the run, by which it is found again.
-        parameters: logged once; those that are on record already are left as they are.
+        parameters: recorded once; those that are on record already are left as they are.
         tags: set anew at each start.
     """
     uri = resolve_uri(config, root)
     if uri == "none":
-        return NoTracker()
-    _be_brief()
-    artifacts = (root / "mlflow-artifacts").url if uri.startswith("sqlite:") else None
+        return Tracker()
+    artifacts = (root / "mlflow-artifacts").url if uri.startswith("sqlite:") else ""
+    target = Target(
+        uri=without_password(uri), experiment=config.experiment, artifacts=artifacts, name=name, run_id=run_id
+    )
     try:
-        if uri.startswith("sqlite:///"):
-            os.makedirs(os.path.dirname(uri.removeprefix("sqlite:///")), exist_ok=True)  # noqa: PTH103, PTH120
-        return _MLflowTracker(uri, config.experiment, artifacts, (name, run_id), parameters, tags)
-    except Exception as error:  # whatever the tracker has, the training goes on
-        log.warning("MLflow at %s cannot be used, so nothing is recorded: %s", without_password(uri), error)
-        return NoTracker()
+        spool = Spool(leftovers.spool_path(home, target), target, config.spool_mb * MB)
+        recipient = recipient_of(target, home)
+    except Exception as error:  # whatever it is, the training goes on
+        log.warning("nothing is recorded: %s: %s", type(error).__name__, error)
+        return Tracker()
+    tracker = SpooledTracker(spool, recipient, home)
+    tracker.parameters(parameters)
+    tracker.tags(tags)
+    return tracker
 
 
 def reach(uri: str) -> str:
@@ -116,13 +140,9 @@ def reach(uri: str) -> str:
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
         return f"{uri}, to be made"
     _be_brief()
-    from mlflow import MlflowClient
+    from pipelines import mlflow_find
 
-    try:
-        MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
-    except Exception as error:
-        return f"{without_password(uri)} does not answer, so nothing would be recorded: {error}"
-    return f"{without_password(uri)} answers"
+    return f"{without_password(uri)} {mlflow_find.reach(without_password(uri))}"
 
 
 def record_score(uri: str, run_id: str, name: str, value: float, position: int) -> bool:
@@ -130,10 +150,10 @@ def record_score(uri: str, run_id: str, name: str, value: float, position: int) 
     if uri in ("", "none") or not run_id:
         return False
     _be_brief()
-    from mlflow import MlflowClient
+    from pipelines import mlflow_find
 
     try:
-        MlflowClient(tracking_uri=uri).log_metric(run_id, name, value, step=position)
+        mlflow_find.record_score(without_password(uri), run_id, name, value, position)
     except Exception as error:
         log.warning("MLflow at %s did not take the score: %s", without_password(uri), error)
         return False
@@ -146,100 +166,138 @@ def without_password(uri: str) -> str:
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
 
 
+def recipient_of(target: Target, home: Folder) -> "MLflowRun":
+    """Return the MLflow run that a target means; MLflow, which takes seconds to import, is imported here."""
+    _be_brief()
+    from pipelines.mlflow_run import MLflowRun
+
+    if target.uri.startswith("sqlite:///"):
+        Path(target.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    return MLflowRun(target, home)
+
+
 def _be_brief() -> None:
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nothing is sent anywhere unasked
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", ATTEMPTS)
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", TIMEOUT_S)
-    import mlflow  # noqa: F401  (it sets the level of its own log)
+    """Have MLflow give up soon, say little, and send nothing anywhere unasked."""
+    for name, value in (
+        ("MLFLOW_DISABLE_TELEMETRY", "true"),
+        ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0"),  # a delivery has a patience of its own
+        ("MLFLOW_HTTP_REQUEST_TIMEOUT", TIMEOUT_S),
+        ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
+    ):
+        os.environ.setdefault(name, value)
+    from pipelines import mlflow_find  # noqa: F401  (MLflow sets the level of its own log)
 
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-class _MLflowTracker:
-    def __init__(
-        self,
-        uri: str,
-        experiment: str,
-        artifacts: str | None,
-        run: tuple[str, str],
-        parameters: dict[str, Any],
-        tags: dict[str, str],
-    ) -> None:
-        from mlflow import MlflowClient
-        from mlflow.entities import Param, ViewType
+class SpooledTracker(Tracker):
+    """A run that is recorded in a spool, which is delivered behind its back.
 
-        self._client = MlflowClient(tracking_uri=uri)
-        self._lock = threading.Lock()
-        found = self._client.get_experiment_by_name(experiment)
-        experiment_id = (
-            found.experiment_id if found else self._client.create_experiment(experiment, artifact_location=artifacts)
-        )
-        name, our_id = run
-        same = self._client.search_runs(
-            [experiment_id], f"tags.`{TAG}` = '{our_id}'", ViewType.ACTIVE_ONLY, max_results=1
-        )
-        self._known: dict[str, int] = {}  # the last position that is on record for each metric, as far as looked up
-        self._resumed = bool(same)
-        if same:
-            self.run_id = same[0].info.run_id
-            self._client.update_run(self.run_id, status="RUNNING")
-        else:
-            created = self._client.create_run(experiment_id, tags={TAG: our_id}, run_name=name)
-            self.run_id = created.info.run_id
-        self.url = (
-            f"{uri}/#/experiments/{experiment_id}/runs/{self.run_id}"
-            if uri.startswith("http")
-            else f"{Path(sys.prefix) / 'bin' / 'mlflow'} server --backend-store-uri {uri} --port 5000"
-        )
-        known = same[0].data.params if same else {}
-        # A parameter that may change between starts keeps its first value.
-        new = [Param(key, str(value)[:MAX_PARAM_CHARS]) for key, value in parameters.items() if key not in known]
-        self._try(lambda: self._client.log_batch(self.run_id, params=new))
-        self.tags(tags)
+    Args:
+        spool: where.
+        recipient: to whom.
+        home: the folder of the run.
+    """
+
+    def __init__(self, spool: Spool, recipient: "MLflowRun", home: Folder) -> None:
+        self.run_id = spool.target.run_id
+        self._spool, self._recipient, self._home = spool, recipient, home
+        self._began_ms = _now_ms()
+        self._said: set[str] = set()
+        self._delivered = False
+        self.append(Begin(self._began_ms))
+        self._delivery = Delivery(spool, recipient, lambda: leftovers.brought(home, spool.target.key))
+
+    @property
+    def tracker_id(self) -> str:
+        return self._recipient.run_id
+
+    @property
+    def see(self) -> str:
+        return self._recipient.url if self._delivered else f"{leftovers.COMMAND} {self._home.url}"
 
     def metrics(self, values: dict[str, float], position: int) -> None:
-        from mlflow.entities import Metric
-        from mlflow.utils.time import get_current_time_millis
-
-        def record() -> None:
-            now = get_current_time_millis()
-            new = {name: value for name, value in values.items() if position > self._last_position(name)}
-            self._client.log_batch(self.run_id, [Metric(name, value, now, position) for name, value in new.items()])
-            self._known |= dict.fromkeys(new, position)
-
-        self._try(record)
-
-    def _last_position(self, name: str) -> int:
-        if name not in self._known:
-            history = self._client.get_metric_history(self.run_id, name) if self._resumed else []
-            self._known[name] = max((metric.step for metric in history), default=-1)
-        return self._known[name]
+        numbers = {}
+        for key, value in values.items():
+            try:
+                numbers[str(key)] = float(value)
+            except (TypeError, ValueError):
+                self._say(f"metric {key}", "the metric %s is %r, which is no number, and is not on record", key, value)
+        for some in _parts(numbers, BATCH):
+            self.append(Metrics(some, int(position), _now_ms()))
 
     def picture(self, pixels: Pixels, key: str, position: int) -> None:
-        image = np.ascontiguousarray(pixels)
-        self._try(lambda: self._client.log_image(self.run_id, image, key=key, step=position))
+        data = encode(np.ascontiguousarray(pixels), "png")
+        self.append(Picture(key, int(position), _now_ms(), data))
 
     def file(self, name: str, data: bytes) -> None:
-        import tempfile
+        if name.startswith(("/", "..")) or posixpath.normpath(name) != name:
+            self._say(f"file {name}", "%r is no name below the files of a run, and is not on record", name)
+        else:
+            self.append(File(name, data))
 
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / name
-            path.write_bytes(data)
-            self._try(lambda: self._client.log_artifact(self.run_id, str(path)))
+    def parameters(self, values: dict[str, Any]) -> None:
+        """Record settings; those that are on record already are left as they are."""
+        for some in _parts(self._cut("parameter", values, MAX_PARAMETER_CHARS), FEW):
+            self.append(Parameters(some))
 
     def tags(self, values: dict[str, str]) -> None:
-        from mlflow.entities import RunTag
+        for some in _parts(self._cut("tag", values, MAX_TAG_CHARS), FEW):
+            self.append(Tags(some, self._began_ms))
 
-        tags = [RunTag(name, value) for name, value in values.items()]
-        self._try(lambda: self._client.log_batch(self.run_id, tags=tags))
+    def append(self, entry: Entry) -> None:
+        """Put an entry into the spool; one that does not fit is counted and said, once."""
+        try:
+            if not self._spool.append(entry):
+                self._say(
+                    "full",
+                    "%s is full (tracking.spool_mb is %d): what does not fit any more is not on record",
+                    self._spool.path, self._spool.max_bytes // MB,
+                )  # fmt: skip
+        except (sqlite3.Error, OSError) as error:
+            self._say("failed", "%s takes no records, so they are lost: %s", self._spool.path, error)
 
     def finish(self, status: Status) -> None:
-        self._try(lambda: self._client.set_terminated(self.run_id, status))
+        try:
+            dropped, size = self._spool.dropped(), self._spool.size_bytes()
+        except sqlite3.Error:
+            dropped, size = 0, 0
+        self.append(End(status, _now_ms(), self._began_ms, dropped))
+        patience_s = FILE_PATIENCE_S if self._spool.target.uri.startswith("sqlite:") else SERVER_PATIENCE_S
+        self._delivered = self._delivery.finish(patience_s, patience_s + size / BYTES_PER_S)
+        if self._delivered:
+            if self._delivery.ended:
+                self._spool.close()
+            return
+        where = leftovers.hand_on(self._spool, self._home)
+        log.warning(
+            "%s has not taken all of what is to be recorded; it waits in %s. The next start of the run "
+            "delivers it, or: %s %s",
+            self._spool.target.uri, where, leftovers.COMMAND, self._home.url,
+        )  # fmt: skip
 
-    def _try(self, call: Callable[[], object]) -> None:
-        with self._lock:
-            try:
-                call()
-            except Exception as error:  # the record is worth a warning, never a run
-                log.warning("MLflow did not take a record: %s", error)
+    def _cut(self, what: str, values: dict[str, Any], most: int) -> dict[str, str]:
+        for key, value in values.items():
+            if len(str(value)) > most:
+                self._say(
+                    f"{what} {key}", "the %s %s has %d characters; the first %d of them are recorded",
+                    what, key, len(str(value)), most,
+                )  # fmt: skip
+        return {str(key): str(value)[:most] for key, value in values.items()}
+
+    def _say(self, what: str, words: str, *values: object) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            log.warning(words, *values)
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def _parts(values: dict[str, T], most: int) -> Iterator[dict[str, T]]:
+    """Yield the values, at most so many at a time."""
+    items = list(values.items())
+    for start in range(0, len(items), most):
+        yield dict(items[start : start + most])

@@ -78,6 +78,7 @@ def _train_on(job: TrainJob, data: Folder, manifest: Manifest) -> dict[str, Any]
     tracker = open_tracker(
         job.tracking,
         Folder(job.root),
+        job.run,
         job.name,
         run_id,
         parameters=flatten(to_dict(job))
@@ -114,8 +115,8 @@ def _train_on(job: TrainJob, data: Folder, manifest: Manifest) -> dict[str, Any]
         "run": job.run.url,
         "images": trained.checkpoint.position,
         "data_digest": manifest.digest,
-        "tracking_run": tracker.run_id,
-        "see": tracker.url,
+        "tracking_run": tracker.tracker_id,
+        "see": tracker.see,
     }
 
 

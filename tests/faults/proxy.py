@@ -1,4 +1,4 @@
-"""An HTTP proxy before a real server that does what storage does on a bad day, to the requests that its rules name.
+"""An HTTP proxy before a real server that does what a server does on a bad day, to the requests that its rules name.
 
 with FaultProxy("http://127.0.0.1:9000") as proxy:
     proxy.rules = [Rule("503", method="GET", every=3), Rule("reset", path=r"\\.parquet", first=2)]
@@ -19,9 +19,10 @@ import aiohttp
 from aiohttp import web
 from yarl import URL
 
-Fault = Literal["500", "503", "429", "slow", "reset", "truncated", "dropped", "expired"]
-"""An answer of that status; one after :attr:`Rule.slow_s`; none, but a reset of the connection; half of the body under
-the length of the whole; done, then a reset instead of the answer; and word that the credentials have expired."""
+Fault = Literal["500", "503", "429", "slow", "hung", "reset", "truncated", "dropped", "expired"]
+"""An answer of that status; one after :attr:`Rule.slow_s`; none at all; none, but a reset of the connection; half of
+the body under the length of the whole; done, then a reset instead of the answer; and word that the credentials have
+expired."""
 CODES = {"500": "InternalError", "503": "SlowDown", "429": "TooManyRequests", "expired": "ExpiredToken"}
 
 
@@ -57,7 +58,7 @@ class Rule:
 class FaultProxy:
     """A context in which :attr:`url` stands for the server, served by a thread of its own."""
 
-    def __init__(self, upstream: str) -> None:
+    def __init__(self, upstream: str, port: int = 0) -> None:
         self.rules: list[Rule] = []
         """The first that meets a request is the one that counts."""
         self.injected: Counter[str] = Counter()
@@ -67,7 +68,7 @@ class FaultProxy:
         self.read_bytes = 0
         """Of all bodies that the server answered with."""
         self.url = ""
-        self._upstream = upstream
+        self._upstream, self._port = upstream, port
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
@@ -90,7 +91,7 @@ class FaultProxy:
         )
         self._runner = web.ServerRunner(web.Server(self._serve), shutdown_timeout=0)
         await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
+        await web.TCPSite(self._runner, "127.0.0.1", self._port).start()
         self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
 
     async def _stop(self) -> None:
@@ -113,6 +114,8 @@ class FaultProxy:
             return web.Response(status=status, text=body, content_type="application/xml")
         if rule and fault == "slow":
             await asyncio.sleep(rule.slow_s)
+        if fault == "hung":
+            await asyncio.Event().wait()
         if fault == "reset":
             return _reset(request)
         status, headers, body = await self._forward(request, sent)

@@ -25,7 +25,7 @@ from pipelines.manifest import Manifest
 from pipelines.plain import to_dict
 from pipelines.plan import held_out_rows
 from pipelines.storage import Folder
-from pipelines.tracking import NoTracker
+from pipelines.tracking import Tracker
 from pipelines.validation import (
     METRIC,
     HeldOut,
@@ -185,7 +185,7 @@ def manifest_of(source: Folder, out: Folder, form: IngestConfig) -> Manifest:
     return ingest(IngestPlan.make(source, out, form))
 
 
-class Remembers(NoTracker):
+class Remembers(Tracker):
     """A tracker that remembers."""
 
     def __init__(self) -> None:

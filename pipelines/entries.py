@@ -1,0 +1,93 @@
+"""What there is to record of a run, and where: plain values that go through a spool as JSON and bytes."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+@dataclass(frozen=True)
+class Begin:
+    """A start of the run."""
+
+    began_ms: int
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Settings of the run; one that is on record keeps its value."""
+
+    values: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Values at a position. The time is that of the measurement, so that a second delivery is the same record."""
+
+    values: dict[str, float]
+    position: int
+    at_ms: int
+
+
+@dataclass(frozen=True)
+class Tags:
+    """Tags, as the start that began then sets them."""
+
+    values: dict[str, str]
+    began_ms: int
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture at a position, as PNG."""
+
+    key: str
+    position: int
+    at_ms: int
+    data: bytes
+
+
+@dataclass(frozen=True)
+class File:
+    """A file; the name may have folders before it."""
+
+    name: str
+    data: bytes
+
+
+@dataclass(frozen=True)
+class End:
+    """The end of the start that began then."""
+
+    status: Status
+    at_ms: int
+    began_ms: int
+    dropped: int
+    """Entries that did not fit since the spool was made."""
+
+
+Entry: TypeAlias = Begin | Parameters | Metrics | Tags | Picture | File | End
+KINDS: dict[str, type[Any]] = {
+    kind.__name__: kind for kind in (Begin, Parameters, Metrics, Tags, Picture, File, End)
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """Where the entries of a spool belong."""
+
+    uri: str
+    """Of the tracker, without a password."""
+    experiment: str
+    artifacts: str
+    """Where a new experiment keeps its files; empty: where the tracker says."""
+    name: str
+    """Of the run, to be shown."""
+    run_id: str
+    """Our own id of the run."""
+
+    @property
+    def key(self) -> str:
+        """Names this run at this tracker, in the names of files."""
+        return hashlib.sha256(f"{self.run_id} {self.uri}".encode()).hexdigest()[:8]

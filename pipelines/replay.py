@@ -1,0 +1,82 @@
+"""What runs have recorded and no tracker has taken yet, delivered."""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines import leftovers
+from pipelines.delivery import Delivery
+from pipelines.errors import ConfigurationError, DataError, TryAgainError
+from pipelines.spool import Spool
+from pipelines.storage import Folder
+from pipelines.tracking import recipient_of
+from pipelines.training import RUN
+
+log = logging.getLogger("brickyard.tracking")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayJob:
+    """Deliver what runs have recorded while their tracker was away. The next start of a run does so too."""
+
+    runs: tuple[str, ...]
+    """Folders of runs; on the command line they may be given without this flag."""
+    patience_s: float = 30.0
+    """How long to wait for a tracker that takes nothing, in seconds."""
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ConfigurationError("runs is empty; it must name folders of runs, such as yard/runs/digits")
+        if not self.patience_s >= 0:
+            raise ConfigurationError(f"patience_s is {self.patience_s}; it must not be negative: try 30")
+
+
+def replay(job: ReplayJob) -> dict[str, Any]:
+    """Deliver what the spools of the runs hold.
+
+    Returns:
+        How many entries were delivered, in all and by run.
+
+    Raises:
+        DataError: if a folder is not that of a run, or storage refuses.
+        TryAgainError: if a tracker did not take all of it.
+    """
+    delivered, waiting = {}, []
+    for url in job.runs:
+        home = Folder(url)
+        delivered[home.url] = 0
+        for spool in _spools(home):
+            held = spool.entries()
+            if not held:
+                continue
+            log.info("%s: %d records for %s", home.url, held, spool.target.uri)
+            delivery = Delivery(spool, recipient_of(spool.target, home))
+            if not delivery.finish(job.patience_s):
+                reason = "another process delivers them" if delivery.shared else "it did not take all of them"
+                waiting.append(f"{spool.entries()} records of {home.url} for {spool.target.uri}: {reason}")
+            delivered[home.url] += held - spool.entries()
+    if waiting:
+        raise TryAgainError(f"{'; '.join(waiting)}; run the same command later")
+    return {"delivered": sum(delivered.values()), "runs": delivered}
+
+
+def dry_run(job: ReplayJob) -> dict[str, Any]:
+    """Return how many entries wait, having changed nothing."""
+    waiting = {}
+    for url in job.runs:
+        home = Folder(url)
+        waiting[home.url] = sum(spool.entries() for spool in _spools(home))
+    return {"dry_run": True, "waiting": sum(waiting.values()), "runs": waiting}
+
+
+def _spools(home: Folder) -> Iterator[Spool]:
+    """Yield the spools of a run, the oldest first."""
+    if not home.exists(RUN):
+        raise DataError(f"{home.url} is not the folder of a run: it has no {RUN}; give one below ROOT/runs")
+    yield from leftovers.brought(home)
+    for path in leftovers.here(home, json.loads(home.get(RUN))["id"]):
+        with closing(Spool(path, None)) as spool:
+            yield spool
