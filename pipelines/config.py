@@ -114,6 +114,10 @@ class TrackingConfig:
     """An MLflow tracking URI, or `none`. Empty: MLFLOW_TRACKING_URI if that is set, else SQLite in the root."""
     experiment: str = "brickyard"
     """The MLflow experiment."""
+    log_model: bool = True
+    """Keep the averaged weights in MLflow too, at the end of a run, as a logged model: safetensors and JSON."""
+    register: str = ""
+    """Name of a registered model: the logged model becomes a version of it, and its `candidate`. None if empty."""
     parent: str = ""
     """The id of the run that this one is a child of, as jobs/sweep.py sets it."""
     spool_mb: int = 256
@@ -297,6 +301,9 @@ class ScoreJob:
     """The folder of a finished jobs/sample.py."""
     reference: str = ""
     """The folder of a data set; empty for the one that the samples' network was trained on."""
+    promote: str = ""
+    """Name of a registered model in MLflow: the network becomes its `champion` if its score is better than that of the
+    one that is, on the same data, seeds and settings of the sampler. None if empty."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 

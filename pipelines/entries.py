@@ -57,6 +57,38 @@ class File:
 
 
 @dataclass(frozen=True)
+class DataSet:
+    """What the run learns from."""
+
+    name: str
+    digest: str
+    source: str
+    """Its URL."""
+    profile: dict[str, Any]
+    """Figures about it."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """Weights of the run. They lie in a folder of the run, and are read when they are delivered."""
+
+    name: str
+    digest: str
+    """Of the checkpoint."""
+    checkpoint: str
+    """Its URL."""
+    folder: str
+    files: list[str]
+    position: int
+    at_ms: int
+    metrics: dict[str, float]
+    data_name: str
+    data_digest: str
+    register: str
+    """The registered model that it is to be a version of; empty: of none."""
+
+
+@dataclass(frozen=True)
 class End:
     """The end of the start that began then."""
 
@@ -67,9 +99,9 @@ class End:
     """Entries that did not fit since the spool was made."""
 
 
-Entry: TypeAlias = Begin | Parameters | Metrics | Tags | Picture | File | End
+Entry: TypeAlias = Begin | Parameters | Metrics | Tags | Picture | File | DataSet | Model | End
 KINDS: dict[str, type[Any]] = {
-    kind.__name__: kind for kind in (Begin, Parameters, Metrics, Tags, Picture, File, End)
+    kind.__name__: kind for kind in (Begin, Parameters, Metrics, Tags, Picture, File, DataSet, Model, End)
 }  # fmt: skip
 
 
@@ -86,6 +118,8 @@ class Target:
     """Of the run, to be shown."""
     run_id: str
     """Our own id of the run."""
+    parent: str = ""
+    """Of the run that this one is a child of."""
 
     @property
     def key(self) -> str:

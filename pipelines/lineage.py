@@ -1,8 +1,10 @@
 """Where things come from: the revision of the code, and the network behind a checkpoint."""
 
+import platform
 import subprocess
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -32,6 +34,12 @@ def git_revision() -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
     return answer.stdout.strip()
+
+
+def installed() -> str:
+    """Return the distributions that are installed here and their versions, as pip takes them, a line each."""
+    found = {f"{one.metadata['Name']}=={one.version}" for one in metadata.distributions()}
+    return "".join(f"{line}\n" for line in [f"# Python {platform.python_version()}", *sorted(found, key=str.lower)])
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ several writers one makes, says which run all of them take.
 """
 
 import json
-import math
 import os
 from typing import NamedTuple
 
@@ -159,23 +158,11 @@ def reach(uri: str) -> str:
     return "answers"
 
 
-def record_score(uri: str, run_id: str, name: str, value: float, position: int) -> None:
-    """Write one score, once, to a run that has ended.
-
-    Args:
-        uri: of the tracker.
-        run_id: our own id of the run; of runs of older versions, MLflow's.
-        name: of the metric.
-        value: of it.
-        position: images that the network had seen.
+def run_of(tracker: MlflowClient, run_id: str) -> Run:
+    """Return the run that has an id of ours, wherever it is; of older versions, MLflow's.
 
     Raises:
-        Exception: if it is not on record.
+        MlflowException: if there is none.
     """
-    tracker = client(uri)
     experiments = [experiment.experiment_id for experiment in tracker.search_experiments()]
-    found = next(iter(with_tag(tracker, experiments, run_id)), None)
-    mlflow_id = found.info.run_id if found else run_id
-    known = tracker.get_metric_history(mlflow_id, name)
-    if not any(metric.step == position and math.isclose(metric.value, value, rel_tol=1e-12) for metric in known):
-        tracker.log_metric(mlflow_id, name, value, step=position)
+    return next(iter(with_tag(tracker, experiments, run_id)), None) or tracker.get_run(run_id)

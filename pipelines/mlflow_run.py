@@ -18,14 +18,16 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 from PIL import Image
 
-from pipelines.entries import Begin, End, Entry, File, Metrics, Parameters, Picture, Tags, Target
-from pipelines.mlflow_find import TAG, Finder, client, is_active, is_refusal
+from pipelines.entries import Begin, DataSet, End, Entry, File, Metrics, Model, Parameters, Picture, Tags, Target
+from pipelines.mlflow_find import TAG, Finder, client, is_active, is_refusal, with_tag
+from pipelines.mlflow_models import record_data_set, record_model
 from pipelines.spool import BATCH
 from pipelines.storage import Folder
 
 BEGAN, DROPPED = "brickyard.began_ms", "brickyard.records_dropped"
 IMAGES_TAG = "mlflow.loggedImages"
 """By this the UI knows that there are pictures."""
+PARENT = "mlflow.parentRunId"
 THUMBNAIL = 256
 """Pixels along the long side of the picture that the UI shows in a grid."""
 FEW = 100
@@ -97,6 +99,10 @@ class MLflowRun:
                 self._send([picture], lambda some: self._picture(some[0]), lambda one: f"the picture {one.key}", 1)
             case File() as file:
                 self._send([file], lambda some: self._file(some[0].name, some[0].data), lambda one: one.name, 1)
+            case DataSet() as data:
+                self._send([data], lambda some: record_data_set(self._client, self._look(), some[0]), _named, 1)
+            case Model() as model:
+                self._send([model], lambda some: record_model(self._client, self._look(), some[0]), _named, 1)
             case End() as end:
                 self._end(end)
 
@@ -200,15 +206,23 @@ class MLflowRun:
         if not _is_past(run, begin.began_ms):
             self._tag({BEGAN: str(begin.began_ms)})
             self._client.update_run(self.run_id, status="RUNNING")
+        self._adopt(run)
         self._finder.remove_doubles(run)
 
     def _end(self, end: End) -> None:
         if end.dropped:
             self._tag({DROPPED: str(end.dropped)})
         run = self._look()
+        self._adopt(run)
         if not _is_past(run, end.began_ms):
             self._client.set_terminated(self.run_id, end.status, end.at_ms)
         self._finder.remove_doubles(run)
+
+    def _adopt(self, run: Run) -> None:
+        """Put the run below its parent, as soon as that is on record."""
+        if self._target.parent and PARENT not in run.data.tags:
+            for parent in with_tag(self._client, [run.info.experiment_id], self._target.parent)[:1]:
+                self._tag({PARENT: parent.info.run_id})
 
     def _look(self) -> Run:
         """Return the run as it is now; it is found anew if it is gone."""
@@ -228,6 +242,10 @@ class MLflowRun:
         run, self._is_new = self._finder.open()
         self._experiment, self._parameters = run.info.experiment_id, set(run.data.params)
         self.run_id = run.info.run_id
+
+
+def _named(one: DataSet | Model) -> str:
+    return f"the {'data set' if isinstance(one, DataSet) else 'model'} {one.name}"
 
 
 def _is_past(run: Run, began_ms: int) -> bool:

@@ -17,6 +17,7 @@ import numpy as np
 import ray.data
 from numpy.typing import NDArray
 
+from pipelines.champion import promote, record_score
 from pipelines.cluster import cluster
 from pipelines.config import ScoreJob
 from pipelines.errors import ConfigurationError, DataError
@@ -24,7 +25,6 @@ from pipelines.images import Pixels, View
 from pipelines.manifest import Manifest
 from pipelines.sampling import MANIFEST, SUCCESS, read_samples
 from pipelines.storage import Folder
-from pipelines.tracking import record_score
 
 METRIC = "frechet_distance"
 MAX_FEATURES = 3072
@@ -198,11 +198,21 @@ def score(comparison: Comparison) -> dict[str, Any]:
 
 
 def score_job(job: ScoreJob) -> dict[str, Any]:
-    """Do what the job says, and write the score to the MLflow run that trained the network."""
+    """Do what the job says, and write the score to the MLflow run that trained the network.
+
+    Raises:
+        DataError: if the samples or the data set cannot be used.
+        TryAgainError: if the network was to be promoted, and MLflow does not answer.
+    """
     result = score(_comparison(job))
-    lineage, value = result["lineage"], result["frechet_distance"]
+    lineage = result["lineage"]
     uri = job.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or lineage["tracking_uri"]
-    return result | {"recorded": record_score(uri, lineage["tracking_run"], METRIC, value, lineage["position"])}
+    result |= {"recorded": record_score(uri, lineage["tracking_run"], METRIC, result[METRIC], lineage)}
+    if job.promote:
+        verdict = promote(uri, lineage["tracking_run"], job.promote, result, METRIC)
+        log.info("%s", verdict["why"])
+        result |= verdict
+    return result
 
 
 def dry_run(job: ScoreJob) -> dict[str, Any]:

@@ -22,7 +22,18 @@ import numpy as np
 from pipelines import leftovers
 from pipelines.config import TrackingConfig
 from pipelines.delivery import Delivery
-from pipelines.entries import Begin, End, Entry, File, Metrics, Parameters, Picture, Status, Tags, Target
+from pipelines.entries import (
+    Begin,
+    End,
+    Entry,
+    File,
+    Metrics,
+    Parameters,
+    Picture,
+    Status,
+    Tags,
+    Target,
+)
 from pipelines.errors import ConfigurationError
 from pipelines.images import Pixels, encode
 from pipelines.spool import BATCH, MB, Spool
@@ -74,6 +85,9 @@ class Tracker:
     def tags(self, values: dict[str, str]) -> None:
         """Set tags."""
 
+    def append(self, entry: Entry) -> None:
+        """Record something else that a run may hold."""
+
     def finish(self, status: Status) -> None:
         """End the run; the same command opens it again."""
 
@@ -119,7 +133,12 @@ def open_tracker(
         return Tracker()
     artifacts = (root / "mlflow-artifacts").url if uri.startswith("sqlite:") else ""
     target = Target(
-        uri=without_password(uri), experiment=config.experiment, artifacts=artifacts, name=name, run_id=run_id
+        uri=without_password(uri),
+        experiment=config.experiment,
+        artifacts=artifacts,
+        name=name,
+        run_id=run_id,
+        parent=config.parent,
     )
     try:
         spool = Spool(leftovers.spool_path(home, target), target, config.spool_mb * MB)
@@ -139,25 +158,10 @@ def reach(uri: str) -> str:
         return "none"
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
         return f"{uri}, to be made"
-    _be_brief()
+    be_brief()
     from pipelines import mlflow_find
 
     return f"{without_password(uri)} {mlflow_find.reach(without_password(uri))}"
-
-
-def record_score(uri: str, run_id: str, name: str, value: float, position: int) -> bool:
-    """Write one score to a run that has ended. Return whether it was taken; a failing tracker is said, not raised."""
-    if uri in ("", "none") or not run_id:
-        return False
-    _be_brief()
-    from pipelines import mlflow_find
-
-    try:
-        mlflow_find.record_score(without_password(uri), run_id, name, value, position)
-    except Exception as error:
-        log.warning("MLflow at %s did not take the score: %s", without_password(uri), error)
-        return False
-    return True
 
 
 def without_password(uri: str) -> str:
@@ -168,7 +172,7 @@ def without_password(uri: str) -> str:
 
 def recipient_of(target: Target, home: Folder) -> "MLflowRun":
     """Return the MLflow run that a target means; MLflow, which takes seconds to import, is imported here."""
-    _be_brief()
+    be_brief()
     from pipelines.mlflow_run import MLflowRun
 
     if target.uri.startswith("sqlite:///"):
@@ -176,7 +180,7 @@ def recipient_of(target: Target, home: Folder) -> "MLflowRun":
     return MLflowRun(target, home)
 
 
-def _be_brief() -> None:
+def be_brief() -> None:
     """Have MLflow give up soon, say little, and send nothing anywhere unasked."""
     for name, value in (
         ("MLFLOW_DISABLE_TELEMETRY", "true"),
@@ -203,7 +207,7 @@ class SpooledTracker(Tracker):
     def __init__(self, spool: Spool, recipient: "MLflowRun", home: Folder) -> None:
         self.run_id = spool.target.run_id
         self._spool, self._recipient, self._home = spool, recipient, home
-        self._began_ms = _now_ms()
+        self._began_ms = now_ms()
         self._said: set[str] = set()
         self._delivered = False
         self.append(Begin(self._began_ms))
@@ -225,11 +229,11 @@ class SpooledTracker(Tracker):
             except (TypeError, ValueError):
                 self._say(f"metric {key}", "the metric %s is %r, which is no number, and is not on record", key, value)
         for some in _parts(numbers, BATCH):
-            self.append(Metrics(some, int(position), _now_ms()))
+            self.append(Metrics(some, int(position), now_ms()))
 
     def picture(self, pixels: Pixels, key: str, position: int) -> None:
         data = encode(np.ascontiguousarray(pixels), "png")
-        self.append(Picture(key, int(position), _now_ms(), data))
+        self.append(Picture(key, int(position), now_ms(), data))
 
     def file(self, name: str, data: bytes) -> None:
         if name.startswith(("/", "..")) or posixpath.normpath(name) != name:
@@ -263,7 +267,7 @@ class SpooledTracker(Tracker):
             dropped, size = self._spool.dropped(), self._spool.size_bytes()
         except sqlite3.Error:
             dropped, size = 0, 0
-        self.append(End(status, _now_ms(), self._began_ms, dropped))
+        self.append(End(status, now_ms(), self._began_ms, dropped))
         patience_s = FILE_PATIENCE_S if self._spool.target.uri.startswith("sqlite:") else SERVER_PATIENCE_S
         self._delivered = self._delivery.finish(patience_s, patience_s + size / BYTES_PER_S)
         if self._delivered:
@@ -292,7 +296,8 @@ class SpooledTracker(Tracker):
             log.warning(words, *values)
 
 
-def _now_ms() -> int:
+def now_ms() -> int:
+    """Return the time, in milliseconds since 1970."""
     return time.time_ns() // 1_000_000
 
 

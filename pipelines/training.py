@@ -3,37 +3,36 @@
 All of this runs in the driver; what the workers do is in :mod:`pipelines.worker`.
 """
 
-import hashlib
 import json
 import logging
 import math
+import os
+import socket
 import time
 import uuid
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
-import safetensors.torch
 import torch
 
 from models.network import build
-from pipelines import checkpoints
+from pipelines import checkpoints, validation
 from pipelines.checkpoints import Checkpoint
 from pipelines.cluster import cluster
-from pipelines.config import SampleJob, TrainJob
+from pipelines.config import TrainJob
 from pipelines.digits import write_digits
+from pipelines.entries import DataSet
 from pipelines.errors import ConfigurationError, checked
-from pipelines.exchange import write_pipeline
-from pipelines.figures import loss_figure, schedule_figure
+from pipelines.figures import schedule_figure
 from pipelines.images import View
 from pipelines.ingest import ingest
 from pipelines.ingest_plan import IngestPlan
-from pipelines.lineage import Trained, git_revision
+from pipelines.lineage import Trained, git_revision, installed
 from pipelines.manifest import NAME, Manifest
 from pipelines.plain import flatten, to_dict, to_yaml
-from pipelines.sample_plan import plan_samples
-from pipelines.sampling import SHEET, STRIP, draw_samples
-from pipelines.scoring import MAX_FEATURES, METRIC, Comparison, score
+from pipelines.results import evaluate, export, record_results
+from pipelines.scoring import MAX_FEATURES, METRIC
 from pipelines.storage import Folder
 from pipelines.summary import in_words
 from pipelines.tracking import Tracker, open_tracker, resolve_uri, without_password
@@ -88,11 +87,16 @@ def _train_on(job: TrainJob, data: Folder, manifest: Manifest) -> dict[str, Any]
             "brickyard.data_digest": manifest.digest,
             "brickyard.workers": str(job.scaling.workers),
             "brickyard.starts": str(start),
+            "brickyard.host": socket.gethostname(),
+            "brickyard.ray_job": os.environ.get("RAY_JOB_SUBMISSION_ID", ""),
         },
     )
     try:
         tracker.file("config.yaml", to_yaml(job).encode())
         tracker.file("schedule.png", schedule_figure(job.schedule.tables()))
+        tracker.file("environment.txt", installed().encode())
+        profile = {"rows": manifest.rows, "labels": dict(zip(manifest.labels, manifest.label_counts, strict=True))}
+        tracker.append(DataSet(data.name, manifest.digest, data.url, profile))
         about = describe(job, data, manifest, tracker)
         with cluster(), Validator(job, data, manifest, tracker) as validator:
             summary = _train(job, data, manifest, about, tracker, validator)
@@ -103,7 +107,8 @@ def _train_on(job: TrainJob, data: Folder, manifest: Manifest) -> dict[str, Any]
                 summary |= evaluate(job, trained, tracker)
         if validator.last:
             summary |= validator.last.means
-            tracker.file("loss-over-t.png", loss_figure(validator.last))
+        measured = {name: summary[name] for name in (METRIC, validation.METRIC, "loss") if name in summary}
+        record_results(job, trained, validator.last, measured, tracker)
         tracker.finish("FINISHED")
     except KeyboardInterrupt:
         tracker.finish("KILLED")
@@ -271,50 +276,3 @@ def count_parameters(job: TrainJob, manifest: Manifest) -> int:
         view = job.data.view(manifest.side, manifest.channels)
         model = build(job.network, view.channels, view.side, len(manifest.labels))
         return sum(p.numel() for p in model.parameters())
-
-
-def export(job: TrainJob, trained: Trained) -> str:
-    """Write ε_θ and its average as safetensors with a config.json into the run's ``export/``; return its URL.
-
-    Where `diffusers` can say what it is, the folder is a ``DDPMPipeline`` of the average too.
-    """
-    folder = job.run / "export"
-    for name, averaged in (("model", False), ("ema", True)):
-        weights = {k: v.contiguous() for k, v in trained.network(averaged).state_dict().items()}
-        folder.put(f"{name}.safetensors", safetensors.torch.save(weights))
-    about = {
-        "network": to_dict(job.network),
-        "schedule": to_dict(job.schedule),
-        "target": trained.target,
-        "shape": trained.checkpoint.shape,
-        "labels": trained.labels,
-        "position": trained.checkpoint.position,
-        "checkpoint_digest": trained.checkpoint.digest,
-    }
-    folder.put("config.json", json.dumps(about, indent=1).encode())
-    write_pipeline(folder, job.network, trained.target, trained.checkpoint, weights, trained.schedule())
-    return folder.url
-
-
-def evaluate(job: TrainJob, trained: Trained, tracker: Tracker) -> dict[str, Any]:
-    """Draw samples from the newest checkpoint, score them, and record both."""
-    position = trained.checkpoint.position
-    # Other settings, or other weights at the same position, make other samples, in a folder of their own.
-    what = [trained.checkpoint.digest, to_dict(job.draw), job.evaluate_images]
-    tag = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:8]
-    folder = Folder(job.root) / "samples" / f"{job.name}-{position}-{tag}"
-    seeds = f"0-{job.evaluate_images - 1}"
-    drawn = draw_samples(
-        plan_samples(SampleJob(checkpoint=trained.folder.url, out=folder.url, seeds=seeds, draw=job.draw))
-    )
-    log.info("score: comparing %d samples with the data", job.evaluate_images)
-    result = score(Comparison.find(folder, reference=None))
-    tracker.metrics({METRIC: result[METRIC]}, position)
-    for name in (SHEET, STRIP):
-        tracker.file(name, folder.get(name))
-    return {
-        METRIC: result[METRIC],
-        "samples": drawn["samples"],
-        "contact_sheet": drawn["contact_sheet"],
-        "strip": drawn["strip"],
-    }

@@ -1,0 +1,69 @@
+"""Scores of networks that were trained before, on record; and the best of them, which is the champion."""
+
+import logging
+from typing import Any
+
+from pipelines.errors import ConfigurationError, TryAgainError
+from pipelines.tracking import be_brief, without_password
+
+log = logging.getLogger("brickyard.scoring")
+
+
+def record_score(uri: str, run_id: str, metric: str, value: float, lineage: dict[str, Any]) -> bool:
+    """Write one score to a run that has ended. Return whether it was taken; a failing tracker is said, not raised.
+
+    Args:
+        uri: of the tracker.
+        run_id: our own id of the run.
+        metric: the name of the score.
+        value: of it.
+        lineage: of the samples that it is of.
+    """
+    if uri in ("", "none") or not run_id:
+        return False
+    be_brief()
+    from pipelines import mlflow_find, mlflow_models
+
+    try:
+        client = mlflow_find.client(without_password(uri))
+        mlflow_models.record_score(client, mlflow_find.run_of(client, run_id), metric, value, lineage)
+    except Exception as error:
+        log.warning("MLflow at %s did not take the score: %s", without_password(uri), error)
+        return False
+    return True
+
+
+def promote(uri: str, run_id: str, name: str, result: dict[str, Any], metric: str) -> dict[str, Any]:
+    """Make the network of a score the champion of a registered model, if it is better than the one that is.
+
+    Args:
+        uri: of the tracker.
+        run_id: our own id of the run.
+        name: of the registered model.
+        result: what :func:`pipelines.scoring.score` returns.
+        metric: the name of the score in it.
+
+    Returns:
+        ``promoted``, and ``why`` or why not.
+
+    Raises:
+        ConfigurationError: if it is not on record where the network comes from.
+        TryAgainError: if the tracker does not do as it is told.
+    """
+    if uri in ("", "none") or not run_id:
+        raise ConfigurationError(
+            f"promote is {name!r}; the run that trained this network is in no MLflow, so it has no model to promote: "
+            "train with --tracking.uri"
+        )
+    be_brief()
+    from pipelines import mlflow_find, mlflow_models
+
+    try:
+        client = mlflow_find.client(without_password(uri))
+        verdict = mlflow_models.promote(client, mlflow_find.run_of(client, run_id), name, result, metric)
+    except Exception as error:
+        raise TryAgainError(
+            f"MLflow at {without_password(uri)} did not promote a version of {name!r}: {error}; run the same command "
+            "again"
+        ) from error
+    return {"promoted": verdict.promoted, "why": verdict.why}

@@ -1,0 +1,192 @@
+"""What a run learned from, and what came of it, told to MLflow: data sets, models, and which model is the champion.
+
+A logged model is the averaged weights as safetensors with their ``config.json``: no pickle, no code. It is known by the
+digest of its checkpoint, so to tell MLflow of it twice changes nothing.
+"""
+
+import json
+import math
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mlflow import MlflowClient
+from mlflow.entities import (
+    Dataset,
+    DatasetInput,
+    InputTag,
+    LoggedModel,
+    LoggedModelOutput,
+    LoggedModelStatus,
+    Metric,
+    Run,
+)
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.utils.time import get_current_time_millis
+
+from pipelines.entries import DataSet, Model
+from pipelines.storage import Folder
+
+DIGEST = "brickyard.checkpoint_digest"
+CHAMPION, CANDIDATE = "champion", "candidate"
+"""Aliases of a registered model: the best by its score, and the newest."""
+MEASURED_ON = ("reference_digest", "features", "samples_n", "seeds", "draw")
+"""What two scores must have in common to be compared."""
+NOT_THERE = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}
+"""What MLflow says of a registered model, or of an alias, that there is not."""
+
+
+class Verdict(NamedTuple):
+    """Whether a model has become the champion."""
+
+    promoted: bool
+    why: str
+
+
+def record_data_set(client: MlflowClient, run: Run, data: DataSet) -> None:
+    """Say what a run learns from; MLflow knows the same data set by its digest."""
+    described = Dataset(
+        name=data.name,
+        digest=data.digest[:36],  # what MLflow keeps of one
+        source_type=data.source.partition(":")[0],
+        source=json.dumps({"uri": data.source}),
+        profile=json.dumps(data.profile),
+    )
+    tags = [InputTag("mlflow.data.context", "training"), InputTag("brickyard.digest", data.digest)]
+    client.log_inputs(run.info.run_id, [DatasetInput(described, tags)])
+
+
+def record_model(client: MlflowClient, run: Run, model: Model) -> str:
+    """Record a model with its measurements, and register it if it is to be; return MLflow's id of it."""
+    folder = Folder(model.folder)
+    found = find_model(client, run, model.digest) or client.create_logged_model(
+        run.info.experiment_id,
+        name=model.name,
+        source_run_id=run.info.run_id,
+        tags={DIGEST: model.digest, "brickyard.checkpoint": model.checkpoint},
+        params={"images": str(model.position), "data_digest": model.data_digest},
+        model_type="noise predictor",
+    )
+    if found.status != LoggedModelStatus.READY:
+        with tempfile.TemporaryDirectory() as temporary:
+            for name in model.files:
+                (Path(temporary) / name).write_bytes(folder.get(name))
+            client.log_model_artifacts(found.model_id, temporary)
+        client.finalize_logged_model(found.model_id, LoggedModelStatus.READY)
+        client.log_outputs(run.info.run_id, [LoggedModelOutput(found.model_id, model.position)])
+    record_metrics(client, run, found, model.metrics, model.position, model.at_ms, model.data_name, model.data_digest)
+    if model.register:
+        version = _version_of(client, run, found, model.register)
+        client.set_registered_model_alias(model.register, CANDIDATE, version.version)
+    return str(found.model_id)
+
+
+def record_metrics(
+    client: MlflowClient,
+    run: Run,
+    model: LoggedModel,
+    values: dict[str, float],
+    position: int,
+    at_ms: int,
+    data_name: str,
+    data_digest: str,
+) -> None:
+    """Record measurements of a model on a data set; those that it has are left."""
+    known = {(metric.key, metric.step) for metric in model.metrics or []}
+    new = [
+        Metric(key, value, at_ms, position, model.model_id, data_name, data_digest[:36])
+        for key, value in values.items()
+        if (key, position) not in known
+    ]
+    if new:
+        client.log_batch(run.info.run_id, metrics=new)
+
+
+def record_score(client: MlflowClient, run: Run, metric: str, value: float, lineage: dict[str, Any]) -> None:
+    """Write one score, once, to a run that has ended, and to its model if the score is of that."""
+    position, run_id = lineage["position"], run.info.run_id
+    known = client.get_metric_history(run_id, metric)
+    if not any(one.step == position and math.isclose(one.value, value, rel_tol=1e-12) for one in known):
+        client.log_metric(run_id, metric, value, step=position)
+    if model := find_model(client, run, lineage["checkpoint_digest"]):
+        data = lineage["data_digest"]
+        name = Folder(lineage["data_url"]).name
+        record_metrics(client, run, model, {metric: value}, position, get_current_time_millis(), name, data)
+
+
+def find_model(client: MlflowClient, run: Run, digest: str) -> LoggedModel | None:
+    """Return the model of a run that was made of a checkpoint."""
+    words = f"tags.`{DIGEST}` = '{digest}' AND source_run_id = '{run.info.run_id}'"
+    return next(iter(client.search_logged_models([run.info.experiment_id], words, max_results=1)), None)
+
+
+def promote(client: MlflowClient, run: Run, name: str, result: dict[str, Any], metric: str) -> Verdict:
+    """Make the model that a score is of the champion, if the score is better than the champion's on the same terms.
+
+    Args:
+        client: of MLflow.
+        run: the run that trained the network.
+        name: of the registered model; it is made if there is none.
+        result: what :func:`pipelines.scoring.score` returns.
+        metric: the name of the score in it; less is better.
+    """
+    digest, score = result["lineage"]["checkpoint_digest"], result[metric]
+    model = find_model(client, run, digest)
+    if model is None:
+        return Verdict(False, f"MLflow has no model of {result['lineage']['checkpoint']}: score the newest checkpoint")
+    terms = {key: json.dumps(_terms(result)[key]) for key in MEASURED_ON}
+    champion = _champion(client, name)
+    if champion is not None and champion.model_id != model.model_id:
+        theirs = {key: champion.tags.get(f"brickyard.{key}", "nothing") for key in MEASURED_ON}
+        differing = [f"{key} {theirs[key]}, not {terms[key]}" for key in MEASURED_ON if theirs[key] != terms[key]]
+        if differing:
+            return Verdict(
+                False,
+                f"version {champion.version}, the {CHAMPION}, was scored on {'; '.join(differing)}: score both alike",
+            )
+        best = float(champion.tags["brickyard.score"])
+        if not score < best:
+            return Verdict(
+                False, f"{metric} is {score:.6g}; version {champion.version}, the {CHAMPION}, has {best:.6g}"
+            )
+        why = f"{metric} is {score:.6g}; version {champion.version}, the {CHAMPION} until now, has {best:.6g}"
+    else:
+        why = f"{metric} is {score:.6g}; there was no other {CHAMPION}"
+    if math.isnan(score):
+        return Verdict(False, f"{metric} is {score}")
+    version = _version_of(client, run, model, name)
+    for key, value in {"score": repr(score), "metric": metric, **terms}.items():
+        client.set_model_version_tag(name, version.version, f"brickyard.{key}", value)
+    client.set_registered_model_alias(name, CHAMPION, version.version)
+    return Verdict(True, f"version {version.version} is the {CHAMPION}: {why}")
+
+
+def _terms(result: dict[str, Any]) -> dict[str, Any]:
+    return {**result, "draw": {k: v for k, v in result["lineage"]["draw"].items() if k != "batch_images"}}
+
+
+def _champion(client: MlflowClient, name: str) -> ModelVersion | None:
+    try:
+        return client.get_model_version_by_alias(name, CHAMPION)
+    except MlflowException as error:
+        if error.error_code not in NOT_THERE:
+            raise
+        return None
+
+
+def _version_of(client: MlflowClient, run: Run, model: LoggedModel, name: str) -> ModelVersion:
+    """Return the version of a registered model that is this model; it is made if there is none."""
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    same = [
+        version for version in client.search_model_versions(f"name = '{name}'") if version.model_id == model.model_id
+    ]
+    return (
+        same[0]
+        if same
+        else client.create_model_version(name, f"models:/{model.model_id}", run.info.run_id, model_id=model.model_id)
+    )

@@ -1,0 +1,98 @@
+"""What a run leaves at its end: an export of the weights, samples, a score, and the record of them."""
+
+import hashlib
+import json
+import logging
+from typing import Any
+
+import safetensors.torch
+
+from pipelines.config import SampleJob, TrainJob
+from pipelines.entries import Model
+from pipelines.exchange import write_pipeline
+from pipelines.figures import loss_figure
+from pipelines.lineage import Trained
+from pipelines.plain import to_dict
+from pipelines.sample_plan import plan_samples
+from pipelines.sampling import SHEET, STRIP, draw_samples
+from pipelines.scoring import METRIC, Comparison, score
+from pipelines.storage import Folder
+from pipelines.tracking import Tracker, now_ms
+from pipelines.validation import Curve
+
+AVERAGE, ABOUT = "ema.safetensors", "config.json"
+"""Of an export, what makes the model that is kept in MLflow."""
+
+log = logging.getLogger("brickyard.train")
+
+
+def export(job: TrainJob, trained: Trained) -> str:
+    """Write ε_θ and its average as safetensors with a config.json into the run's ``export/``; return its URL.
+
+    Where `diffusers` can say what it is, the folder is a ``DDPMPipeline`` of the average too.
+    """
+    folder = job.run / "export"
+    for name, averaged in (("model", False), ("ema", True)):
+        weights = {k: v.contiguous() for k, v in trained.network(averaged).state_dict().items()}
+        folder.put(f"{name}.safetensors", safetensors.torch.save(weights))
+    about = {
+        "network": to_dict(job.network),
+        "schedule": to_dict(job.schedule),
+        "target": trained.target,
+        "shape": trained.checkpoint.shape,
+        "labels": trained.labels,
+        "position": trained.checkpoint.position,
+        "checkpoint_digest": trained.checkpoint.digest,
+    }
+    folder.put("config.json", json.dumps(about, indent=1).encode())
+    write_pipeline(folder, job.network, trained.target, trained.checkpoint, weights, trained.schedule())
+    return folder.url
+
+
+def evaluate(job: TrainJob, trained: Trained, tracker: Tracker) -> dict[str, Any]:
+    """Draw samples from the newest checkpoint, score them, and record both."""
+    position = trained.checkpoint.position
+    # Other settings, or other weights at the same position, make other samples, in a folder of their own.
+    what = [trained.checkpoint.digest, to_dict(job.draw), job.evaluate_images]
+    tag = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:8]
+    folder = Folder(job.root) / "samples" / f"{job.name}-{position}-{tag}"
+    seeds = f"0-{job.evaluate_images - 1}"
+    drawn = draw_samples(
+        plan_samples(SampleJob(checkpoint=trained.folder.url, out=folder.url, seeds=seeds, draw=job.draw))
+    )
+    log.info("score: comparing %d samples with the data", job.evaluate_images)
+    result = score(Comparison.find(folder, reference=None))
+    tracker.metrics({METRIC: result[METRIC]}, position)
+    for name in (SHEET, STRIP):
+        tracker.file(name, folder.get(name))
+    return {
+        METRIC: result[METRIC],
+        "samples": drawn["samples"],
+        "contact_sheet": drawn["contact_sheet"],
+        "strip": drawn["strip"],
+    }
+
+
+def record_results(
+    job: TrainJob, trained: Trained, curve: Curve | None, measured: dict[str, float], tracker: Tracker
+) -> None:
+    """Record the loss over t, and the exported average as a model with what was measured of it."""
+    if curve:
+        tracker.file("loss-over-t.png", loss_figure(curve))
+    if job.tracking.log_model:
+        checkpoint = trained.checkpoint
+        tracker.append(
+            Model(
+                name=job.name,
+                digest=checkpoint.digest,
+                checkpoint=trained.folder.url,
+                folder=(job.run / "export").url,
+                files=[AVERAGE, ABOUT],
+                position=checkpoint.position,
+                at_ms=now_ms(),
+                metrics=measured,
+                data_name=Folder(checkpoint.data_url).name,
+                data_digest=checkpoint.data_digest,
+                register=job.tracking.register,
+            )
+        )
