@@ -38,7 +38,7 @@ class Recipient(Protocol):
         """
 
     def answers(self, entry: Entry) -> bool:
-        """Return whether the tracker takes something else of the kind of an entry."""
+        """Return whether the tracker takes other things of the kind of an entry, several in a row."""
 
 
 class _NotTakenError(Exception):
@@ -130,6 +130,8 @@ class Delivery:
         return bool(patiently(self._hand_over, spool))
 
     def _hand_over(self, spool: Spool) -> bool:
+        if self._left.is_set():  # while this one waited for its turn
+            return False
         try:
             return self._try(spool)
         except sqlite3.Error as error:  # another process writes for long, or the disk has a bad day

@@ -32,6 +32,8 @@ THUMBNAIL = 256
 """Pixels along the long side of the picture that the UI shows in a grid."""
 FEW = 100
 """Parameters or tags that one request may hold."""
+PROBES = 5
+"""As many requests as an entry may need: a server that fails now and then fails one of them."""
 KEY = re.compile(r"[\w./ -]+")
 """What the key of a picture may be made of."""
 PICTURE = re.compile(r"images/(?P<key>[^+]+)\+step\+(?P<step>\d+)\+.*\+compressed\.webp")
@@ -107,14 +109,15 @@ class MLflowRun:
                 self._end(end)
 
     def answers(self, entry: Entry) -> bool:
-        """Return whether MLflow takes another record of the kind, or has its files at hand."""
+        """Return whether MLflow takes other records of the kind, or has its files at hand, several times in a row."""
         try:
             if not self.run_id:
                 return False
-            if isinstance(entry, Picture | File):
-                self._client.list_artifacts(self.run_id)
-            else:
-                self._log(tags=[RunTag(TAG, self._target.run_id)])
+            for _ in range(PROBES):
+                if isinstance(entry, Picture | File):
+                    self._client.list_artifacts(self.run_id)
+                else:
+                    self._log(tags=[RunTag(TAG, self._target.run_id)])
         except Exception:
             return False
         return True

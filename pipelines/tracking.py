@@ -184,7 +184,10 @@ def be_brief() -> None:
     """Have MLflow give up soon, say little, and send nothing anywhere unasked."""
     for name, value in (
         ("MLFLOW_DISABLE_TELEMETRY", "true"),
-        ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0"),  # a delivery has a patience of its own
+        # At once, for a server that fails now and then; for one that is away a delivery has a patience of its own.
+        ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1"),
+        ("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0"),
+        ("MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER", "false"),
         ("MLFLOW_HTTP_REQUEST_TIMEOUT", TIMEOUT_S),
         ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
     ):

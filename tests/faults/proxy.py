@@ -84,6 +84,7 @@ class FaultProxy:
         self._loop.close()
 
     async def _start(self) -> None:
+        self._over = asyncio.Event()
         self._client = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),
             auto_decompress=False,
@@ -95,6 +96,7 @@ class FaultProxy:
         self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
 
     async def _stop(self) -> None:
+        self._over.set()
         await self._runner.cleanup()
         await self._client.close()
 
@@ -115,7 +117,8 @@ class FaultProxy:
         if rule and fault == "slow":
             await asyncio.sleep(rule.slow_s)
         if fault == "hung":
-            await asyncio.Event().wait()
+            await self._over.wait()
+            return _reset(request)
         if fault == "reset":
             return _reset(request)
         status, headers, body = await self._forward(request, sent)

@@ -32,8 +32,9 @@ pytestmark = [
 ]
 FAULTS = {
     "500": Rule("500"), "hung": Rule("hung"), "reset": Rule("reset"), "dropped": Rule("dropped", every=2),
-    "slow": Rule("slow", slow_s=0.1), "truncated": Rule("truncated", every=3),
+    "slow": Rule("slow", slow_s=0.1), "truncated": Rule("truncated", every=6),
 }  # fmt: skip
+"""What is dropped is asked for again by itself; what is truncated fails an entry, which takes up to five requests."""
 STAYS = {"500", "hung", "reset"}
 """These let nothing through as long as they last."""
 
@@ -91,7 +92,6 @@ class Yard:
 @pytest.fixture
 def yard(mlflow_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Yard]:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr(
         tracking, "SERVER_PATIENCE_S", 60.0
     )  # where it is there, it may be slow: others use the machine
@@ -161,7 +161,7 @@ def test_whatever_the_server_does_whenever(
     if fault in STAYS and when == "end":
         assert re.search(r"has not taken all .* python jobs/replay.py file:", caplog.text)
         assert tracker.see == f"python jobs/replay.py {yard.home.url}"
-        with pytest.raises(TryAgainError, match=r"records of file:.* did not take all"):
+        with pytest.raises(TryAgainError, match=r"records of file:"):
             yard.replay(patience_s=0.1)
         yard.proxy.rules = []
         assert yard.replay()
@@ -235,6 +235,20 @@ def test_what_fails_alone_is_dropped_and_said(yard: Yard, monkeypatch: pytest.Mo
     tracker.finish("FINISHED")
     assert re.search(r"a record \(File\) failed 8 times and is dropped", caplog.text)
     assert len(yard.history("loss")) == 10 and yard.run().info.status == "FINISHED"
+
+
+def test_what_fails_now_and_then_is_not_dropped(yard: Yard, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    """An entry of three requests, of which each third is lost, never gets through, and is there when that is over."""
+    monkeypatch.setattr("pipelines.delivery.LONGEST_WAIT_S", 0.01)
+    tracker = yard.start()
+    until(lambda: bool(yard.runs()))
+    yard.proxy.rules = [Rule("truncated", every=3)]
+    phase(tracker, 0)
+    until(lambda: yard.proxy.injected["truncated"] > 40)
+    yard.proxy.rules = []
+    tracker.finish("FINISHED")
+    assert "is dropped" not in caplog.text
+    check(yard, 1)
 
 
 def test_a_full_spool_drops_and_says(yard: Yard, caplog: pytest.LogCaptureFixture) -> None:
