@@ -19,6 +19,8 @@ from pipelines.storage import Folder
 from pipelines.tracking import without_password
 
 TAG = "brickyard.run"
+KIND = {"mlflow.experimentKind": "custom_model_development"}
+"""What the UI shows of an experiment first: training, not conversations."""
 REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"}
 """What MLflow says of a request that it will never take, whenever it comes. What stands between, such as a gateway
 whose server is away, may answer 400 and 404 too, but not in these words."""
@@ -108,7 +110,9 @@ class Finder:
         found = self._client.get_experiment_by_name(name)
         if found is None:
             try:
-                return str(self._client.create_experiment(name, artifact_location=self._target.artifacts or None))
+                return str(
+                    self._client.create_experiment(name, artifact_location=self._target.artifacts or None, tags=KIND)
+                )
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise

@@ -88,8 +88,8 @@ def _train_on(job: TrainJob, data: Folder, manifest: Manifest) -> dict[str, Any]
             "brickyard.workers": str(job.scaling.workers),
             "brickyard.starts": str(start),
             "brickyard.host": socket.gethostname(),
-            "brickyard.ray_job": os.environ.get("RAY_JOB_SUBMISSION_ID", ""),
-        },
+        }
+        | ({"brickyard.ray_job": ray_job} if (ray_job := os.environ.get("RAY_JOB_SUBMISSION_ID")) else {}),
     )
     try:
         tracker.file("config.yaml", to_yaml(job).encode())

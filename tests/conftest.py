@@ -1,11 +1,8 @@
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
-import time
-import urllib.request
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,37 +75,23 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a real MLflow server."""
-    folder, port = tmp_path_factory.mktemp("mlflow"), free_ports(1)
-    url = f"http://127.0.0.1:{port}"
-    where = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", f"{folder}/artifacts"]
-    command = [sys.executable, "-m", "mlflow", "server", *where, "--port", str(port), "--workers", "1"]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            command,
-            env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory, s3_server: str) -> Iterator[str]:
+    """The address of a real MLflow server, on PostgreSQL and S3; the environment of this process has its password."""
+    script = Path(__file__).parents[1] / "infra" / "local" / "mlflow.sh"
+    where = [str(tmp_path_factory.mktemp("mlflow")), str(free_ports(2))]
+    context = pytest.MonkeyPatch()
     try:
-        end = time.monotonic() + 120
-        while not answers(f"{url}/health"):
-            assert process.poll() is None and time.monotonic() < end, (folder / "log").read_text()[-3000:]
-            time.sleep(0.1)
+        context.setenv("MLFLOW_BIN", str(Path(sys.executable).parent / "mlflow"))
+        done = subprocess.run([script, "up", *where], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        said = dict(re.findall(r"(MLFLOW_\w+)=(\S+)", done.stdout))
+        url = said.pop("MLFLOW_TRACKING_URI")  # tests say where they record
+        for name, value in said.items():
+            context.setenv(name, value)
         yield url
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
-
-
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False
+        context.undo()
+        subprocess.run([script, "wipe", *where], check=True)
 
 
 @pytest.fixture

@@ -112,7 +112,7 @@ END
             MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false PYTHONPATH= \
             spawn server "$MLFLOW" server --app-name basic-auth --backend-store-uri "$STORE/mlflow" \
             --artifacts-destination "$ARTIFACTS" --host 127.0.0.1 --workers 1 --port "$PORT" \
-            --allowed-hosts "localhost,localhost:$PORT,127.0.0.1,127.0.0.1:$PORT${MLFLOW_HOSTS:+,$MLFLOW_HOSTS}"
+            --allowed-hosts "localhost,localhost:*,127.0.0.1,127.0.0.1:*${MLFLOW_HOSTS:+,$MLFLOW_HOSTS}"
     fi
     await answers server
 }
