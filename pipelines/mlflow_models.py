@@ -29,6 +29,8 @@ from pipelines.entries import DataSet, Model
 from pipelines.storage import Folder
 
 DIGEST = "brickyard.checkpoint_digest"
+MODEL = "brickyard.model"
+"""MLflow's id of the logged model that a version is."""
 CHAMPION, CANDIDATE = "champion", "candidate"
 """Aliases of a registered model: the best by its score, and the newest."""
 MEASURED_ON = ("reference_digest", "features", "samples_n", "seeds", "draw")
@@ -137,7 +139,7 @@ def promote(client: MlflowClient, run: Run, name: str, result: dict[str, Any], m
         return Verdict(False, f"MLflow has no model of {result['lineage']['checkpoint']}: score the newest checkpoint")
     terms = {key: json.dumps(_terms(result)[key]) for key in MEASURED_ON}
     champion = _champion(client, name)
-    if champion is not None and champion.model_id != model.model_id:
+    if champion is not None and not _is(champion, model):
         theirs = {key: champion.tags.get(f"brickyard.{key}", "nothing") for key in MEASURED_ON}
         differing = [f"{key} {theirs[key]}, not {terms[key]}" for key in MEASURED_ON if theirs[key] != terms[key]]
         if differing:
@@ -182,11 +184,14 @@ def _version_of(client: MlflowClient, run: Run, model: LoggedModel, name: str) -
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    same = [
-        version for version in client.search_model_versions(f"name = '{name}'") if version.model_id == model.model_id
-    ]
+    same = [one for one in client.search_model_versions(f"name = '{name}'") if _is(one, model)]
+    source, tags = f"models:/{model.model_id}", {MODEL: model.model_id}
     return (
         same[0]
         if same
-        else client.create_model_version(name, f"models:/{model.model_id}", run.info.run_id, model_id=model.model_id)
+        else client.create_model_version(name, source, run.info.run_id, tags=tags, model_id=model.model_id)
     )
+
+
+def _is(version: ModelVersion, model: LoggedModel) -> bool:
+    return bool(version.tags.get(MODEL) == model.model_id)  # what is searched for comes without its model_id

@@ -118,7 +118,7 @@ def test_the_champion_is_the_best_of_those_that_were_scored_alike(
     promoted, why = first.promote(name, 0.05)
     assert promoted and "there was no other champion" in why and champion() == "1"
     promoted, why = second.promote(name, 0.06)
-    assert not promoted and why == "frechet_distance is 0.06, and 0.05 of version 1, the champion"
+    assert not promoted and why == "frechet_distance is 0.06; version 1, the champion, has 0.05"
     for others, said in (
         ({"samples_n": 20}, "samples_n 10, not 20"),
         ({"reference_digest": "e" * 64}, f'reference_digest "{DATA}", not "{"e" * 64}"'),
@@ -129,7 +129,7 @@ def test_the_champion_is_the_best_of_those_that_were_scored_alike(
         assert not promoted and said in why and champion() == "1", "not scored alike"
     assert not second.promote(name, float("nan"))[0]
     promoted, why = second.promote(name, 0.04)
-    assert promoted and "0.04, and 0.05 of version 1, the champion until now" in why and champion() == "2"
+    assert promoted and "is 0.04; version 1, the champion until now, has 0.05" in why and champion() == "2"
     assert second.promote(name, 0.04)[0] and champion() == "2", "as often as one likes"
     tags = client.get_model_version(name, "2").tags
     assert float(tags["brickyard.score"]) == 0.04 and tags["brickyard.samples_n"] == "10"
