@@ -20,7 +20,7 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
 LAST_WAIT_S = 1.0
 """At the end of a job they are no longer than this: perhaps it comes back in time."""
 FAILURES = 8
-"""So often an entry may fail at a tracker that takes others, before it is dropped; more often if that says less."""
+"""So often an entry may fail at a tracker that takes others, before it is dropped."""
 
 log = logging.getLogger("brickyard.tracking")
 
@@ -37,8 +37,8 @@ class Recipient(Protocol):
             Exception: whatever it is, if they are not on record and may be later.
         """
 
-    def doubt(self, entry: Entry, error: Exception) -> float:
-        """Return how much a failure says that something is wrong with the entry: from 0, nothing, to 1."""
+    def blames(self, entry: Entry, error: Exception) -> bool:
+        """Return whether a failure is one of this entry, and not of the tracker or of the way to it."""
 
 
 class _NotTakenError(Exception):
@@ -61,7 +61,7 @@ class Delivery:
         self.shared = False
         """Whether another process takes from the spool."""
         self._closing, self._left = threading.Event(), threading.Event()
-        self._failures = 0.0
+        self._failures = 0
         self._away = False
         self._progress = -math.inf
         self._thread = threading.Thread(target=self._run, name="delivery", daemon=True)
@@ -151,7 +151,7 @@ class Delivery:
             if not self._is_poison(found, known[0], error):
                 raise _NotTakenError(f"{type(error).__name__}: {error}") from error
         spool.remove([number for number, _ in found])
-        self._failures = 0.0
+        self._failures = 0
         self._progress = time.monotonic()
         if self._away:
             self._away = False
@@ -160,10 +160,12 @@ class Delivery:
 
     def _is_poison(self, found: list[Numbered], entry: Entry, error: Exception) -> bool:
         """Whether it is the entry, not the tracker, that something is wrong with."""
-        self._failures += self._recipient.doubt(entry, error)
+        if not self._recipient.blames(entry, error):
+            return False
+        self._failures += 1
         if len(found) > 1 or self._failures < FAILURES:
             return False
-        log.warning("a record (%s) fails again and again and is dropped: %s", type(entry).__name__, error)
+        log.warning("a record (%s) failed %d times and is dropped: %s", type(entry).__name__, self._failures, error)
         return True
 
     def _pause(self, seconds: float) -> None:

@@ -32,7 +32,6 @@ FEW = 100
 """Parameters or tags that one request may hold."""
 PROBES = 5
 """As many requests as an entry may need: a server that fails now and then fails one of them."""
-BROKEN_DOUBT = 0.1
 KEY = re.compile(r"[\w./ -]+")
 """What the key of a picture may be made of."""
 PICTURE = re.compile(r"images/(?P<key>[^+]+)\+step\+(?P<step>\d+)\+.*\+compressed\.webp")
@@ -103,23 +102,20 @@ class MLflowRun:
             case End() as end:
                 self._end(end)
 
-    def doubt(self, entry: Entry, error: Exception) -> float:
-        """Return how much a failure says that something is wrong with the entry.
-
-        Nothing, unless MLflow takes other records of the kind, or has its files at hand, several times in a row; and
-        little if the connection broke, which on a bad line can be any request's turn.
-        """
+    def blames(self, entry: Entry, error: Exception) -> bool:
+        """Return whether a failure is one of this entry: the connection held, and MLflow takes others of its kind, or
+        has its files at hand, several times in a row."""
+        if not self.run_id or is_broken_off(error):
+            return False
         try:
-            if not self.run_id:
-                return 0.0
             for _ in range(PROBES):
                 if isinstance(entry, Picture | File):
                     self._client.list_artifacts(self.run_id)
                 else:
                     self._log(tags=[RunTag(TAG, self._target.run_id)])
         except Exception:
-            return 0.0
-        return BROKEN_DOUBT if is_broken_off(error) else 1.0
+            return False
+        return True
 
     def _log(self, **values: list[Any]) -> None:
         self._client.log_batch(self.run_id, **values)
