@@ -37,8 +37,8 @@ class Recipient(Protocol):
             Exception: whatever it is, if they are not on record and may be later.
         """
 
-    def answers(self, entry: Entry) -> bool:
-        """Return whether the tracker takes other things of the kind of an entry, several in a row."""
+    def blames(self, entry: Entry, error: Exception) -> bool:
+        """Return whether a failure is one of this entry, and not of the tracker or of the way to it."""
 
 
 class _NotTakenError(Exception):
@@ -160,7 +160,7 @@ class Delivery:
 
     def _is_poison(self, found: list[Numbered], entry: Entry, error: Exception) -> bool:
         """Whether it is the entry, not the tracker, that something is wrong with."""
-        if not self._recipient.answers(entry):
+        if not self._recipient.blames(entry, error):
             return False
         self._failures += 1
         if len(found) > 1 or self._failures < FAILURES:

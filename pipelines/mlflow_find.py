@@ -11,7 +11,8 @@ from typing import NamedTuple
 from mlflow import MlflowClient
 from mlflow.entities import Experiment, LifecycleStage, Run, ViewType
 from mlflow.exceptions import MlflowException
-from requests import HTTPError
+from requests import ConnectionError, HTTPError
+from requests.exceptions import ChunkedEncodingError
 
 from pipelines.entries import Target
 from pipelines.errors import DataError
@@ -38,6 +39,12 @@ def is_refusal(error: Exception) -> bool:
         too_large = error.response.status_code == 413
         return too_large or any(f'"{code}"' in error.response.text for code in REFUSALS)
     return isinstance(error, MlflowException) and error.error_code in REFUSALS
+
+
+def is_broken_off(error: BaseException) -> bool:
+    """Whether the connection broke, and not because of somebody's patience; MLflow's error stands before requests'."""
+    cause = error.__cause__ or error.__context__
+    return isinstance(cause, ConnectionError | ChunkedEncodingError) and "timed out" not in str(cause)
 
 
 def is_active(found: Run | Experiment) -> bool:

@@ -19,7 +19,7 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from PIL import Image
 
 from pipelines.entries import Begin, DataSet, End, Entry, File, Metrics, Model, Parameters, Picture, Tags, Target
-from pipelines.mlflow_find import TAG, Finder, client, is_active, is_refusal, with_tag
+from pipelines.mlflow_find import TAG, Finder, client, is_active, is_broken_off, is_refusal, with_tag
 from pipelines.mlflow_models import record_data_set, record_model
 from pipelines.spool import BATCH
 from pipelines.storage import Folder
@@ -108,11 +108,12 @@ class MLflowRun:
             case End() as end:
                 self._end(end)
 
-    def answers(self, entry: Entry) -> bool:
-        """Return whether MLflow takes other records of the kind, or has its files at hand, several times in a row."""
+    def blames(self, entry: Entry, error: Exception) -> bool:
+        """Return whether a failure is one of this entry: the connection held, and MLflow takes others of its kind, or
+        has its files at hand, several times in a row."""
+        if not self.run_id or is_broken_off(error):
+            return False
         try:
-            if not self.run_id:
-                return False
             for _ in range(PROBES):
                 if isinstance(entry, Picture | File):
                     self._client.list_artifacts(self.run_id)
