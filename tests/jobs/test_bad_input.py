@@ -12,13 +12,13 @@ import pytest
 from jobs import ingest, sample, score, train
 from jobs.presets import DIGITS
 from pipelines import checkpoints
-from pipelines.checkpoints import Checkpoint
 from pipelines.images import encode
 from pipelines.manifest import Manifest, Shard
 from pipelines.plain import to_dict
 from pipelines.storage import Folder
 from pipelines.training import claim, find_data
 from pipelines.world import World
+from tests.pipelines.states import ABOUT, FIT, tiny_state
 
 Job = Callable[[list[str]], int]
 
@@ -162,13 +162,7 @@ def test_no_data_at_all(run: Callable) -> None:
 @pytest.fixture
 def trained(root: str) -> Folder:
     """A run's folder with two checkpoints."""
-    from tests.pipelines.helpers import FIT, tiny_state
-
-    about = Checkpoint(
-        position=0, files={}, config=to_dict(DIGITS), data_digest="d", data_url="file:///d", shape=(1, 8, 8),
-        labels=[], tracking_uri="none", tracking_run="", git_revision="",
-    )  # fmt: skip
-    state, folder = tiny_state(FIT), Folder(root) / "runs" / "digits"
+    about, state, folder = replace(ABOUT, config=to_dict(DIGITS)), tiny_state(FIT), Folder(root) / "runs" / "digits"
     for state.position in (128, 256):
         checkpoints.commit(folder, state, about, World())
     return folder
