@@ -1,4 +1,4 @@
-"""States of a tiny run, to train, to save and to load, and who listens to it. Nothing here imports Ray: it takes long."""
+"""States of a tiny run, to train, to save and to load, and who listens. Nothing here imports Ray, which takes long."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -194,7 +194,7 @@ def apart(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     )
 
 
-EACH = [pytest.param(size, case, id=f"{size} workers, {case}") for size, cases in CASES.items() for case in cases]
+EACH = [pytest.param(size, case, id=f"{size}-workers, {case}") for size, cases in CASES.items() for case in cases]
 
 
 @pytest.mark.parametrize(("size", "case"), EACH)
