@@ -131,6 +131,12 @@ def test_raw_files_train_where_they_are_and_credentials_expire(
 
     error, err = expire(train, proxy, Rule("expired"))
     assert error.endswith(way_out) and "workers train" not in err
+    # In a task of an ingest, which reads what this process has only listed.
+    ingest = ["jobs/ingest.py", "--source", source.url, "--out", f"{s3.url}/data", "--ingest.encoding=keep",
+              "--ingest.side=0", "--ingest.max-bad-share=0.1"]  # fmt: skip
+    error, err = expire(ingest, proxy, Rule("expired", method="GET", path=r"/raw/\d/.*png"))
+    assert re.search(r"/raw/\d/.*png", error) and way_out in error and "parts" in err
+    assert not (s3 / "data").exists(NAME)
     # In the middle of the stream, and again of all checkpoints from one on: the first is said, the second is the end.
     # The workers are not started once more to meet the same.
     for read_or_write in (
