@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -169,7 +170,10 @@ def test_a_worker_that_is_killed_is_replaced_and_nothing_is_lost(
     victims = list(of_session(process.pid, b"RayTrainWorker"))
     assert len(victims) == 2
     os.kill(victims[1], signal.SIGKILL)
-    finish(process)
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err[-5000:]
+    first, second = re.findall(r"(\d+) workers train from (\d+) images on", err)
+    assert first == ("2", "0") and second[0] == "2" and 1280 <= int(second[1]) < 3840
     for weights in ("model", "ema"):
         a, b = (load_file(root / f"runs/digits/export/{weights}.safetensors") for root in (uninterrupted[0], tmp_path))
         assert all(a[name].equal(b[name]) for name in a), f"{weights} differ"
