@@ -23,11 +23,15 @@ from pipelines.storage import Folder
 from tests.jobs import recorded
 from tests.processes import CODE, kill, of_session, wait_for, without_ray
 
-pytestmark = pytest.mark.ray
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # MLflow's own dependencies
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
 
 FLAGS = [
     "--fit.log-images=640", "--fit.checkpoint-images=1280", "--fit.warm-up-images=640", "--evaluate-images=0",
-    "--tracking.uri=none", "--scaling.cpus-per-worker=2",
+    "--scaling.cpus-per-worker=2",
 ]  # fmt: skip
 QUICK = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -170,6 +174,9 @@ def test_nodes_that_go_and_come(yard: Yard, start: Callable[..., Job], tmp_path:
     job.process.send_signal(signal.SIGTERM)
     assert job.finish(130)["error"] == "interrupted"
 
+    (run,) = recorded.mlflow_runs(job.root)
+    assert run.info.status == "KILLED"
+
     attempts, manifest = recorded.written(handed), manifest_of(job)
     assert [(attempt.world, at) for at, attempt in attempts.items()] == job.starts
     recorded.check_ids(attempts, Plan(0, manifest.rows, manifest.row_group_rows, 256))
@@ -178,7 +185,7 @@ def test_nodes_that_go_and_come(yard: Yard, start: Callable[..., Job], tmp_path:
 def test_a_notice_and_a_worker_that_stands_still(yard: Yard, start: Callable[..., Job]) -> None:
     """The number of workers is fixed: each time there is a place for the one that is replaced."""
     yard.grow(2)
-    job = start("--fit.images=128000000", "--scaling.hang-s=8")
+    job = start("--fit.images=128000000", "--scaling.hang-s=8", "--tracking.uri=none")
     job.wait_for(lambda: job.seen > 0)
     taken = yard.nodes[0]
     yard.grow(3)
@@ -209,7 +216,7 @@ def test_a_gradient_that_is_not_finite_ends_the_job_at_once(
 ) -> None:
     yard.grow(2)
     job = start("--fit.images=12800", "--fit.learning-rate=1e30", "--fit.checkpoint-images=128",
-                "--fit.grid-images=12800")  # fmt: skip
+                "--fit.grid-images=12800", "--tracking.uri=none")  # fmt: skip
     error = job.finish(1)["error"]
     found = re.match(r"the gradient of positions (\d+)\.\.\d+ is (nan|inf)", error)
     assert found

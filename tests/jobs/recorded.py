@@ -62,6 +62,14 @@ def check_ids(attempts: dict[int, Attempt], plan: Plan) -> None:
         assert {position: entry.row for position, entry in ledger.items()} == {p: ids[p - at] for p in ledger}
 
 
+def mlflow_runs(root: Path) -> list[Any]:
+    """The runs on the record of a root."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{root}/mlflow.db")
+    return list(client.search_runs([client.get_experiment_by_name("brickyard").experiment_id]))
+
+
 def record(out: str, die_at: int, shard: Any, deal: Deal, rank: int, world: int) -> Iterator[Batch]:
     """Stand in for :func:`pipelines.stream.batches` in a worker."""
     file = os.open(f"{out}/{uuid.uuid4().hex}.jsonl", os.O_CREAT | os.O_APPEND | os.O_WRONLY)

@@ -1,9 +1,10 @@
 """States of a tiny run, to train, to save and to load, and who listens. Nothing here imports Ray, which takes long."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -18,6 +19,7 @@ from pipelines import checkpoints
 from pipelines.checkpoints import Checkpoint
 from pipelines.fit import Listener, State, new_state
 from pipelines.fit_config import FitConfig
+from pipelines.plan import Plan
 from pipelines.storage import Folder
 
 CPU = torch.device("cpu")
@@ -82,6 +84,32 @@ def everything(state: State) -> Tensor:
     found = [*state.model.parameters(), *optimizer, *state.ema.shadow.values(), *state.timesteps.state.values()]
     mine = [t.to_local() if isinstance(t, DTensor) else t for t in found if isinstance(t, Tensor)]
     return torch.cat([t.detach().flatten().double() for t in mine])
+
+
+class Given(NamedTuple):
+    """What :class:`pipelines.stream.Batch` is to the loop, where Ray is not."""
+
+    position: np.ndarray
+    row: np.ndarray
+    label: np.ndarray
+    image: np.ndarray
+    replaced: int = 0
+    retried: int = 0
+    counted: bool = True
+
+
+def micro_batches(
+    pixels: np.ndarray, config: FitConfig, start: int = 0, rank: int = 0, world: int = 1
+) -> Iterator[Given]:
+    """What the stream delivers, from memory."""
+    plan = Plan(0, len(pixels), 128, 512)
+    b, n = config.micro_images, config.micro_batches
+    for step in range(start // config.batch_images, config.images // config.batch_images):
+        mine = [j for j in range(step * n, (step + 1) * n) if (j - start // b) % world == rank]
+        for turn in range(-(-n // world)):
+            first = mine[min(turn, len(mine) - 1)] * b
+            row = plan.rows(first, first + b)
+            yield Given(np.arange(first, first + b), row, row % 10, pixels[row], counted=turn < len(mine))
 
 
 class Ear(Listener):

@@ -15,8 +15,7 @@ from pipelines.fit import DivergedError, fit, mirrored, pixels_to_x_0, x_0_to_pi
 from pipelines.fit_config import FitConfig
 from pipelines.storage import Folder
 from pipelines.world import World
-from tests.pipelines.helpers import micro_batches
-from tests.pipelines.states import ABOUT, FIT, Ear, Noticed, everything, tiny_state
+from tests.pipelines.states import ABOUT, FIT, Ear, Noticed, everything, micro_batches, tiny_state
 
 Digits = tuple[np.ndarray, np.ndarray]
 
