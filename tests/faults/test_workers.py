@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 from ray.cluster_utils import Cluster
 
+from jobs.presets import DIGITS
 from pipelines import checkpoints
 from pipelines.manifest import Manifest
-from pipelines.plan import Plan
+from pipelines.plan import Plan, window_batches
 from pipelines.storage import Folder
 from tests.jobs import recorded
 from tests.processes import CODE, kill, of_session, wait_for, without_ray
@@ -145,8 +146,7 @@ def test_nodes_that_go_and_come(yard: Yard, start: Callable[..., Job], tmp_path:
     yard.grow(2)
     handed = tmp_path / "handed"
     handed.mkdir()
-    job = start("--fit.images=128000000", "--scaling.min-workers=1", "--scaling.resize-s=3",
-                "--data.window-bytes=16384", handed=handed)  # fmt: skip
+    job = start("--fit.images=128000000", "--scaling.min-workers=1", "--scaling.resize-s=3", handed=handed)
     job.wait_for(lambda: job.seen > 0)
     taken = yard.nodes[1]
     yard.drain(taken, seconds=60)
@@ -179,7 +179,8 @@ def test_nodes_that_go_and_come(yard: Yard, start: Callable[..., Job], tmp_path:
 
     attempts, manifest = recorded.written(handed), manifest_of(job)
     assert [(attempt.world, at) for at, attempt in attempts.items()] == job.starts
-    recorded.check_ids(attempts, Plan(0, manifest.rows, manifest.row_group_rows, 256))
+    rows = 128 * window_batches(DIGITS.data.window_bytes, manifest.row_bytes, 128)
+    recorded.check_ids(attempts, Plan(0, manifest.rows, manifest.row_group_rows, rows))
 
 
 def test_a_notice_and_a_worker_that_stands_still(yard: Yard, start: Callable[..., Job]) -> None:
