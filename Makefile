@@ -19,7 +19,8 @@ test-faults: $(VENV)/.installed-test  ## what docs/faults.md promises: kills, ha
 	$(BIN)/python -m pytest tests/faults tests/jobs/test_road.py tests/jobs/test_s3_road.py \
 		tests/pipelines/test_exactness.py tests/pipelines/test_foreman.py tests/pipelines/test_watch.py \
 		tests/pipelines/test_checkpoints.py tests/pipelines/test_saver.py tests/pipelines/test_fit.py \
-		tests/pipelines/test_plan.py tests/pipelines/test_outage.py tests/jobs/test_bad_input.py
+		tests/pipelines/test_plan.py tests/pipelines/test_outage.py tests/pipelines/test_layouts.py \
+		tests/jobs/test_bad_input.py
 
 lint: $(VENV)/.installed-test  ## style, types, layers
 	$(BIN)/ruff check .

@@ -24,13 +24,13 @@ from models.philox import stream_key
 from pipelines.errors import ConfigurationError
 from pipelines.images import Encoding
 from pipelines.labels import check_label_column, read_labels, sorted_labels, whose_labels
-from pipelines.local_files import Stored
 from pipelines.manifest import NAME, Manifest
 from pipelines.parts import ALL, Form, Part, rows_for
 from pipelines.permutation import permute
 from pipelines.shards import ahead
 from pipelines.sources import Source, kind_of, of_kind
 from pipelines.storage import Folder
+from pipelines.stored import Stored
 
 PLAN = "ingest.json"
 """Beside the manifest: of what it is made, from the first moment on."""

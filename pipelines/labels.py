@@ -6,10 +6,10 @@ import logging
 from typing import Literal
 
 from pipelines.errors import ConfigurationError, DataError
-from pipelines.local_files import Stored
 from pipelines.shards import ahead
 from pipelines.sources import Kind, Source
 from pipelines.storage import Folder, absolute
+from pipelines.stored import Stored
 
 log = logging.getLogger("brickyard.ingest")
 

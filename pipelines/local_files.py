@@ -4,20 +4,11 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
-from typing import NamedTuple
+
+from pipelines.stored import Stored
 
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)  # reading it is setting it
-
-
-class Stored(NamedTuple):
-    """An object that was found."""
-
-    name: str
-    """Relative to the folder."""
-    size_bytes: int
-    version: str
-    """Changes when the content does: the ETag of an object store, the time of the last change of a file."""
 
 
 def walk(root: str) -> Iterator[Stored]:

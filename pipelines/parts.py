@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 
 from pipelines.cluster import check_node_labels, cluster
 from pipelines.images import BadImageError, Encoding, encode, read_picture
-from pipelines.local_files import Stored
 from pipelines.progress import IngestProgress
 from pipelines.retries import count_elsewhere, retries
 from pipelines.shards import IN_PLACE, PICTURES, Shard, ShardWriter
 from pipelines.sources import Entry, Source
 from pipelines.storage import Folder
+from pipelines.stored import Stored
 
 RECORDS, DIGESTS = "records", "digests"
 ALL = range(sys.maxsize)

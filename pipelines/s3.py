@@ -21,6 +21,7 @@ from s3fs import S3FileSystem
 
 from pipelines.errors import CHANGED, DamagedError
 from pipelines.retries import TransientError, answer_s, check, patient
+from pipelines.stored import version_of
 
 CONNECT_S = 5.0
 SLOWEST = 100_000
@@ -118,7 +119,7 @@ class QuickS3(S3FileSystem):  # type: ignore[misc]
             if answer.status_code == 412:
                 raise DamagedError(f"{self.unstrip_protocol(path)} {CHANGED}")
         # Refused, missing, moved to another region: s3fs knows what to do, or what to raise.
-        if version and (await self._info(path)).get("ETag", "").strip('"') != version:
+        if version and version_of(await self._info(path)) != version:
             raise DamagedError(f"{self.unstrip_protocol(path)} {CHANGED}")
         return bytes(await super()._cat_file(path, start=start, end=end, **others))
 

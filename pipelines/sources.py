@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 
 from pipelines.errors import ConfigurationError, DataError
 from pipelines.images import EMPTY, MAX_FILE_BYTES, SUFFIXES
-from pipelines.local_files import Stored
 from pipelines.shards import Ranges
 from pipelines.storage import Folder
+from pipelines.stored import Stored
 
 Kind: TypeAlias = Literal["files", "parquet", "tar"]
 

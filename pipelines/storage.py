@@ -22,8 +22,9 @@ from fsspec.asyn import sync
 from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.errors import CHANGED, ConfigurationError, DamagedError
-from pipelines.local_files import Stored, complete_file, stored, walk
+from pipelines.local_files import complete_file, stored, walk
 from pipelines.retries import answers_head, error_code, explained
+from pipelines.stored import Stored, version_of
 
 FETCHERS = 16
 """Objects, or ranges of one, that are fetched at once."""
@@ -168,7 +169,7 @@ class Folder:
                 with self._told(name):
                     if _is_nothing(start, stop):
                         return b""
-                    if version and not same and _version(await client._info(self.path(name))) != version:
+                    if version and not same and version_of(await client._info(self.path(name))) != version:
                         raise DamagedError(f"{self.url}/{name} {CHANGED}")
                     return bytes(await client._cat_file(self.path(name), start=start, end=stop, **same))
 
@@ -232,7 +233,7 @@ class Folder:
             found = self.filesystem.find(self._root, detail=True)
         prefix = f"{self._root}/"  # once: an object store's names may begin with, and hold, several
         return sorted(
-            Stored(path.removeprefix(prefix), int(info["size"]), _version(info)) for path, info in found.items()
+            Stored(path.removeprefix(prefix), int(info["size"]), version_of(info)) for path, info in found.items()
         )
 
     def delete(self) -> None:
@@ -269,11 +270,3 @@ def _missing_is_empty() -> Iterator[None]:
     except FileNotFoundError as error:
         if error_code(error) == "NoSuchBucket":
             raise
-
-
-def _version(info: dict[str, Any]) -> str:
-    """Return what tells two contents of one name apart, in the words of the storage client."""
-    for word in ("ETag", "etag", "mtime", "md5Hash", "generation", "LastModified"):
-        if word in info:
-            return str(info[word]).strip('"')
-    return ""

@@ -19,11 +19,14 @@ import aiohttp
 from aiohttp import web
 from yarl import URL
 
-Fault = Literal["500", "503", "429", "slow", "hung", "reset", "truncated", "dropped", "expired"]
-"""An answer of that status; one after :attr:`Rule.slow_s`; none at all; none, but a reset of the connection; half of
-the body under the length of the whole; done, then a reset instead of the answer; and word that the credentials have
-expired."""
-CODES = {"500": "InternalError", "503": "SlowDown", "429": "TooManyRequests", "expired": "ExpiredToken"}
+Fault = Literal["500", "503", "429", "slow", "hung", "dripping", "reset", "truncated", "dropped", "expired", "moved"]
+"""An answer of that status; one after :attr:`Rule.slow_s`; none at all; one of which a byte comes now and
+then, for as long; none, but a reset of the connection; half of the body under the length of the whole; done, then a
+reset instead of the answer; word that the credentials have expired; and that it is to be had elsewhere."""
+CODES = {"500": "InternalError", "503": "SlowDown", "429": "TooManyRequests", "expired": "ExpiredToken",
+         "moved": "PermanentRedirect"}  # fmt: skip
+DROP_S = 0.05
+"""Between two bytes of an answer that is dripping."""
 
 
 @dataclass(kw_only=True)
@@ -112,7 +115,7 @@ class FaultProxy:
             self.injected[fault] += 1
         if rule and fault in CODES:
             body = f"<?xml version='1.0'?><Error><Code>{CODES[fault]}</Code><Message>injected</Message></Error>"
-            status = rule.status if fault == "expired" else int(fault)
+            status = {"expired": rule.status, "moved": 301}.get(fault) or int(fault)
             return web.Response(status=status, text=body, content_type="application/xml")
         if rule and fault == "slow":
             await asyncio.sleep(rule.slow_s)
@@ -133,6 +136,12 @@ class FaultProxy:
             assert request.transport is not None
             request.transport.close()  # after what is written is sent
             return answer
+        if rule and fault == "dripping":
+            drops = min(len(body), int(rule.slow_s / DROP_S))
+            for i in range(drops):
+                await answer.write(body[i : i + 1])
+                await asyncio.sleep(DROP_S)
+            body = body[drops:]
         if request.method != "HEAD":
             await answer.write(body)
         await answer.write_eof()

@@ -16,15 +16,23 @@ from typing import Any
 import pytest
 from ray.cluster_utils import Cluster
 
+from jobs.presets import DIGITS
 from pipelines import checkpoints
+from pipelines.manifest import Manifest
+from pipelines.plan import Plan, window_batches
 from pipelines.storage import Folder
+from tests.jobs import recorded
 from tests.processes import CODE, kill, of_session, wait_for, without_ray
 
-pytestmark = pytest.mark.ray
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # MLflow's own dependencies
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
 
 FLAGS = [
     "--fit.log-images=640", "--fit.checkpoint-images=1280", "--fit.warm-up-images=640", "--evaluate-images=0",
-    "--tracking.uri=none", "--scaling.cpus-per-worker=2",
+    "--scaling.cpus-per-worker=2",
 ]  # fmt: skip
 QUICK = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -71,11 +79,13 @@ def yard() -> Iterator[Yard]:
 class Job:
     """A training job as a process, and what it has said so far."""
 
-    def __init__(self, yard: Yard, root: Path, *flags: str) -> None:
+    def __init__(self, yard: Yard, root: Path, *flags: str, handed: Path | None = None) -> None:
+        """Start it; `handed` is where its workers write down what they are handed, if anywhere."""
         self.root, self._log = root, root.with_suffix(".log")
+        script = ["-m", "tests.jobs.recorded", str(handed), "-1"] if handed else ["jobs/train.py"]
         with self._log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "jobs/train.py", "digits", f"--root={root}", *FLAGS, *flags],
+                [sys.executable, *script, "digits", f"--root={root}", *FLAGS, *flags],
                 cwd=CODE, text=True, stdout=subprocess.PIPE, stderr=log, start_new_session=True,
                 env=without_ray() | QUICK | {"RAY_ADDRESS": yard.cluster.address, "OMP_NUM_THREADS": "1"},
             )  # fmt: skip
@@ -116,7 +126,7 @@ class Job:
 @pytest.fixture
 def start(yard: Yard, tmp_path: Path) -> Iterator[Callable[..., Job]]:
     jobs: list[Job] = []
-    yield lambda *flags: jobs.append(Job(yard, tmp_path / "job", *flags)) or jobs[-1]
+    yield lambda *flags, **more: jobs.append(Job(yard, tmp_path / "job", *flags, **more)) or jobs[-1]
     for job in jobs:
         kill(job.process)  # or it would keep the workers' places
 
@@ -126,10 +136,17 @@ def train_workers() -> list[int]:
     return sorted(of_session(os.getsid(0), b"ray::RayTrainWorker"))
 
 
-def test_nodes_that_go_and_come(yard: Yard, start: Callable[..., Job]) -> None:
-    """A notice, more room, and a node that dies: 2 → 1 → 2 → 1 workers, within one job."""
+def manifest_of(job: Job) -> Manifest:
+    data = Folder(f"{job.root}/data")
+    return next(Manifest.load(data / name) for name in data.names() if "-8x8x1-" in name)
+
+
+def test_nodes_that_go_and_come(yard: Yard, start: Callable[..., Job], tmp_path: Path) -> None:
+    """A notice, more room, and a node that dies: 2 → 1 → 2 → 1 workers, within one job, and the images of one."""
     yard.grow(2)
-    job = start("--fit.images=128000000", "--scaling.min-workers=1", "--scaling.resize-s=3")
+    handed = tmp_path / "handed"
+    handed.mkdir()
+    job = start("--fit.images=128000000", "--scaling.min-workers=1", "--scaling.resize-s=3", handed=handed)
     job.wait_for(lambda: job.seen > 0)
     taken = yard.nodes[1]
     yard.drain(taken, seconds=60)
@@ -137,7 +154,8 @@ def test_nodes_that_go_and_come(yard: Yard, start: Callable[..., Job]) -> None:
     assert [workers for workers, _ in job.starts] == [2, 1]
     (left,) = job.left
     assert left[0] == job.starts[1][1], "nothing is computed again"
-    # The controller hears of the notice, or looks for how many workers there is room: both are well.
+    # The controller hears of the notice, or looks for how many workers there is room, whichever is first; where their
+    # number is fixed, as below, there is but the notice.
     assert left[1] in ("a node is taken away", "there is room for 1 of the workers")
 
     yard.lose(taken)
@@ -145,7 +163,7 @@ def test_nodes_that_go_and_come(yard: Yard, start: Callable[..., Job]) -> None:
     job.wait_for(lambda: len(job.starts) == 3)
     assert job.starts[2] == (2, job.left[1][0]) and job.left[1][1] == "there is room for 2 of the workers"
 
-    job.wait_for(lambda: job.seen > job.starts[2][1] + 1280)
+    job.wait_for(lambda: job.seen > job.starts[2][1] + 2 * 1280)
     seen = job.seen
     yard.lose(yard.nodes[1])
     job.wait_for(lambda: len(job.starts) == 4)
@@ -156,18 +174,38 @@ def test_nodes_that_go_and_come(yard: Yard, start: Callable[..., Job]) -> None:
     job.process.send_signal(signal.SIGTERM)
     assert job.finish(130)["error"] == "interrupted"
 
+    (run,) = recorded.mlflow_runs(job.root)
+    assert run.info.status == "KILLED"
 
-def test_a_worker_that_stands_still_is_found_and_replaced(yard: Yard, start: Callable[..., Job]) -> None:
+    attempts, manifest = recorded.written(handed), manifest_of(job)
+    assert [(attempt.world, at) for at, attempt in attempts.items()] == job.starts
+    rows = 128 * window_batches(DIGITS.data.window_bytes, manifest.row_bytes, 128)
+    recorded.check_ids(attempts, Plan(0, manifest.rows, manifest.row_group_rows, rows))
+
+
+def test_a_notice_and_a_worker_that_stands_still(yard: Yard, start: Callable[..., Job]) -> None:
+    """The number of workers is fixed: each time there is a place for the one that is replaced."""
     yard.grow(2)
-    job = start("--fit.images=128000000", "--scaling.hang-s=8")
+    job = start("--fit.images=128000000", "--scaling.hang-s=8", "--tracking.uri=none")
     job.wait_for(lambda: job.seen > 0)
+    taken = yard.nodes[0]
+    yard.grow(3)
+    yard.drain(taken, seconds=60)
+    job.wait_for(lambda: len(job.starts) == 2)
+    (left,) = job.left
+    assert left[1] == "a node is taken away"
+    assert job.starts[1] == (2, left[0]) and left[0] > 0, "nothing is computed again"
+    yard.lose(taken)
+
+    seen = job.seen
+    job.wait_for(lambda: job.seen > seen)
     stopped = train_workers()[1]
     os.kill(stopped, signal.SIGSTOP)
-    job.wait_for(lambda: len(job.starts) == 2)
+    job.wait_for(lambda: len(job.starts) == 3)
     assert not Path(f"/proc/{stopped}").exists(), "it would hold its GPU, and might go on"
     (waiting,) = set(re.findall(r"worker (\d) has made no step for 8 s", job.said))
     assert "pipelines/fit.py" in job.said and waiting in "01"
-    assert job.starts[1][0] == 2
+    assert job.starts[2][0] == 2 and len(job.left) == 1
     seen = job.seen
     job.wait_for(lambda: job.seen > seen)
     job.process.send_signal(signal.SIGINT)
@@ -178,12 +216,14 @@ def test_a_gradient_that_is_not_finite_ends_the_job_at_once(
     yard: Yard, start: Callable[..., Job], tmp_path: Path
 ) -> None:
     yard.grow(2)
-    job = start("--fit.images=12800", "--fit.learning-rate=1e30", "--fit.grid-images=12800")
+    job = start("--fit.images=12800", "--fit.learning-rate=1e30", "--fit.checkpoint-images=128",
+                "--fit.grid-images=12800", "--tracking.uri=none")  # fmt: skip
     error = job.finish(1)["error"]
-    assert re.match(r"the gradient of positions \d+\.\.\d+ is (nan|inf)", error)
+    found = re.match(r"the gradient of positions (\d+)\.\.\d+ is (nan|inf)", error)
+    assert found
     assert len(job.starts) == 1, "a new start would end the same"
     newest = checkpoints.newest(Folder(str(tmp_path / "job" / "runs" / "digits")))
-    assert newest is None or newest[1].position <= int(re.findall(r"\d+", error)[0])
+    assert newest and newest[1].position == int(found[1]) > 0, "what was on its way to storage has arrived"
 
 
 def test_a_controller_that_dies_ends_the_job_for_another_try(yard: Yard, start: Callable[..., Job]) -> None:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from jobs.train import main
 from pipelines import worker, workers
 from pipelines.cluster import cluster
+from pipelines.plan import Plan
 from pipelines.stream import Batch, Deal, batches
 
 
@@ -50,6 +51,25 @@ def written(out: Path) -> dict[int, Attempt]:
     return dict(sorted(attempts.items()))
 
 
+def check_ids(attempts: dict[int, Attempt], plan: Plan) -> None:
+    """See that each image is the one of the plan, which an uninterrupted run of any number of workers follows, and that
+    between two starts none is left out."""
+    starts = list(attempts)
+    for at, until in zip(starts, [*starts[1:], None], strict=True):
+        ledger = attempts[at].ledger
+        assert list(range(at, until or max(ledger) + 1)) == sorted(p for p in ledger if not until or p < until)
+        ids = plan.rows(at, max(ledger) + 1)
+        assert {position: entry.row for position, entry in ledger.items()} == {p: ids[p - at] for p in ledger}
+
+
+def mlflow_runs(root: Path) -> list[Any]:
+    """The runs on the record of a root."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{root}/mlflow.db")
+    return list(client.search_runs([client.get_experiment_by_name("brickyard").experiment_id]))
+
+
 def record(out: str, die_at: int, shard: Any, deal: Deal, rank: int, world: int) -> Iterator[Batch]:
     """Stand in for :func:`pipelines.stream.batches` in a worker."""
     file = os.open(f"{out}/{uuid.uuid4().hex}.jsonl", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
@@ -72,6 +92,9 @@ def train_worker(out: str, die_at: int, task: worker.TrainTask) -> None:
 if __name__ == "__main__":
     out, die_at, *flags = sys.argv[1:]
     workers.train_worker = functools.partial(train_worker, out, int(die_at))
-    then = flags.index("--then")
+    then = flags.index("--then") if "--then" in flags else len(flags)
     with cluster():  # one for both
-        sys.exit(main(flags[:then]) or main(flags[then + 1 :]))
+        code = main(flags[:then])
+        if not code and flags[then:]:
+            code = main(flags[then + 1 :])
+        sys.exit(code)

@@ -12,13 +12,13 @@ import pytest
 from jobs import ingest, sample, score, train
 from jobs.presets import DIGITS
 from pipelines import checkpoints
-from pipelines.checkpoints import Checkpoint
 from pipelines.images import encode
 from pipelines.manifest import Manifest, Shard
 from pipelines.plain import to_dict
 from pipelines.storage import Folder
 from pipelines.training import claim, find_data
 from pipelines.world import World
+from tests.pipelines.states import ABOUT, FIT, tiny_state
 
 Job = Callable[[list[str]], int]
 
@@ -68,6 +68,21 @@ def test_storage_that_does_not_answer(run: Callable, root: str, monkeypatch: pyt
     assert code == 75
     assert "http://127.0.0.1:1/bucket does not answer as it should (ClientConnectorError)" in err
     assert "check the address, or run the same command later" in err
+
+
+def test_credentials_that_cannot_be_renewed(
+    run: Callable, root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a program that is to fetch them says when it has to be logged in to again."""
+    (tmp_path / "aws").write_text("[default]\nregion = us-east-1\ncredential_process = false\n")
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN", "PROFILE"):
+        monkeypatch.delenv(f"AWS_{name}", raising=False)
+    for name, value in {"CONFIG_FILE": str(tmp_path / "aws"), "SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
+                        "ENDPOINT_URL": "http://127.0.0.1:2"}.items():  # fmt: skip
+        monkeypatch.setenv(f"AWS_{name}", value)
+    code, err, _ = run(ingest.main, "--source", "s3://bucket/images", "--out", root)
+    assert code == 75
+    assert "s3://bucket/images: the credentials have expired (CredentialRetrievalError): renew them" in err
 
 
 def test_a_scheme_without_its_driver(run: Callable, root: str) -> None:
@@ -162,13 +177,7 @@ def test_no_data_at_all(run: Callable) -> None:
 @pytest.fixture
 def trained(root: str) -> Folder:
     """A run's folder with two checkpoints."""
-    from tests.pipelines.helpers import FIT, tiny_state
-
-    about = Checkpoint(
-        position=0, files={}, config=to_dict(DIGITS), data_digest="d", data_url="file:///d", shape=(1, 8, 8),
-        labels=[], tracking_uri="none", tracking_run="", git_revision="",
-    )  # fmt: skip
-    state, folder = tiny_state(FIT), Folder(root) / "runs" / "digits"
+    about, state, folder = replace(ABOUT, config=to_dict(DIGITS)), tiny_state(FIT), Folder(root) / "runs" / "digits"
     for state.position in (128, 256):
         checkpoints.commit(folder, state, about, World())
     return folder
@@ -220,6 +229,23 @@ def test_a_truncated_image_among_good_ones(
     assert (code, said["images"], said["quarantined"]) == (0, 150, 1)
     assert "1 images are left out; see" in err
     assert json.loads(Folder(str(tmp_path / "out")).get("quarantine.jsonl"))["path"] == "bad.png"
+
+
+@pytest.mark.ray
+def test_more_bad_images_than_may_be(
+    run: Callable, tmp_path: Path, digits: tuple[np.ndarray, np.ndarray], ray_cluster: None
+) -> None:
+    raw, out = Folder(str(tmp_path / "raw")), Folder(str(tmp_path / "out"))
+    for i, picture in enumerate(digits[0][:9]):
+        raw.put(f"{i}.png", encode(picture, "png"))
+    raw.put("bad.png", encode(digits[0][0], "png")[:50])
+    command = ["--source", raw.url, "--out", out.url, "--ingest.side", "8", "--ingest.channels", "1"]
+    code, err, said = run(ingest.main, *command)
+    assert code == 3
+    assert "1 of 10 images are unusable, more than ingest.max_bad_share = 0.01 allows; the first: bad.png" in err
+    assert "raise the share" in said["error"] and not out.exists("manifest.json")
+    code, _, said = run(ingest.main, *command, "--ingest.max-bad-share", "0.1")
+    assert (code, said["images"], said["quarantined"]) == (0, 9, 1)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """From a folder that holds hostile files, on a real S3 server behind a proxy that makes it fail: ingest and training,
 killed and run again."""
 
+import io
 import json
 import re
 import subprocess
@@ -10,15 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
+from jobs.presets import DIGITS
 from pipelines import checkpoints
 from pipelines.digits import write_digits
 from pipelines.manifest import NAME, Manifest
 from pipelines.parts import RECORDS
-from pipelines.plan import Plan
+from pipelines.plan import Plan, window_batches
 from pipelines.storage import Folder
 from tests.faults.proxy import FaultProxy, Rule
+from tests.jobs import recorded
 from tests.pipelines.hostile import write_hostile
 from tests.processes import CODE, kill, wait_for, without_ray
 
@@ -41,12 +45,13 @@ def proxy(s3_server: str) -> Iterator[FaultProxy]:
 
 
 @pytest.fixture
-def raw(s3: Folder) -> tuple[Folder, int, int]:
-    """Digits and hostile files; how many of them are pictures, and how many look like pictures and are none."""
+def raw(s3: Folder) -> tuple[Folder, set[str], set[str]]:
+    """Digits and hostile files; which of them are pictures, and which look like pictures and are none."""
     write_digits(s3 / "raw")
+    digits = {found.name for found in (s3 / "raw").find()}
     cases = write_hostile(s3 / "raw" / "0")
-    good = sum(case.pixels is not None for case in cases.values())
-    return s3 / "raw", 1797 + good, len(cases) - good
+    good = {f"0/{name}" for name, case in cases.items() if case.pixels is not None}
+    return s3 / "raw", digits | good, {f"0/{name}" for name in cases} - good
 
 
 def start(endpoint: str, *command: str) -> subprocess.Popen[str]:
@@ -64,13 +69,17 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> dict[str, Any]:
     return json.loads(line)  # type: ignore[no-any-return]
 
 
+def paths(folder: Folder, shard: str) -> list[str]:
+    return pq.read_table(io.BytesIO(folder.get(shard)), columns=["path"])["path"].to_pylist()  # type: ignore[no-any-return]
+
+
 def kill_when(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     wait_for(condition, process)
     kill(process)
 
 
 def test_from_hostile_files_on_s3_to_a_trained_network(
-    raw: tuple[Folder, int, int], s3: Folder, proxy: FaultProxy, tmp_path: Path
+    raw: tuple[Folder, set[str], set[str]], s3: Folder, proxy: FaultProxy, tmp_path: Path
 ) -> None:
     source, pictures, broken = raw
     out = s3 / "data"
@@ -83,19 +92,30 @@ def test_from_hostile_files_on_s3_to_a_trained_network(
     assert not out.exists(NAME)
     said = finish(start(proxy.url, *ingest))
     assert said["storage_retries"] > 0
-    assert (said["images"], said["quarantined"]) == (pictures, broken)
+    assert (said["images"], said["quarantined"]) == (len(pictures), len(broken))
+    manifest = Manifest.load(out)
+    stored = [path for shard in manifest.shards for path in paths(out, shard.name)]
+    assert len(stored) == len(pictures) and set(stored) == pictures, "each once"
     listed = [json.loads(line) for line in out.get("quarantine.jsonl").splitlines()]
-    assert len(listed) == broken and all(entry["path"] and entry["reason"] for entry in listed)
+    assert len(listed) == len(broken) and {entry["path"] for entry in listed} == broken
+    assert all(entry["reason"] for entry in listed)
     before = {found.name: found.version for found in out.find()}
     assert finish(start(proxy.url, *ingest))["digest"] == said["digest"]
     assert {found.name: found.version for found in out.find()} == before, "a finished ingest writes nothing"
 
-    train = ["jobs/train.py", "digits", *SHORT, f"--data.url={out.url}", f"--root={s3.url}/yard",
+    flags = ["digits", *SHORT, f"--data.url={out.url}", f"--root={s3.url}/yard",
              f"--tracking.uri=sqlite:///{tmp_path}/mlflow.db"]  # fmt: skip
+    (tmp_path / "handed").mkdir()
+    train = ["-m", "tests.jobs.recorded", f"{tmp_path}/handed", "-1", *flags]
     run = s3 / "yard" / "runs" / "digits"
     kill_when(lambda: checkpoints.newest(run) is not None, start(proxy.url, *train))
     # Another number of workers: the same stream, dealt otherwise.
     said = finish(start(proxy.url, *train, "--scaling.workers=1"))
+    attempts = recorded.written(tmp_path / "handed")
+    assert [attempt.world for attempt in attempts.values()] == [2, 1]
+    assert max(max(attempt.ledger) for attempt in attempts.values()) == 2559
+    rows = 128 * window_batches(DIGITS.data.window_bytes, manifest.row_bytes, 128)
+    recorded.check_ids(attempts, Plan(0, manifest.rows, manifest.row_group_rows, rows))
     # What was on its way to storage at the blow may still have arrived: one checkpoint, or two.
     assert said["images"] == 2560 and said["trained_images"] in (2560 - 640, 2560 - 1280, 2560 - 1920)
     assert said["images_replaced"] == 0
@@ -103,10 +123,9 @@ def test_from_hostile_files_on_s3_to_a_trained_network(
     assert {"503", "reset", "500"} <= set(proxy.injected)
 
     # The data are not what they were: the run is refused.
-    manifest = Manifest.load(out)
     shard = manifest.shards[0].name
     out.put(shard, out.get(shard)[:-1])
-    error = finish(start(proxy.url, *train, "--fit.images=3200"), code=3)["error"]
+    error = finish(start(proxy.url, "jobs/train.py", *flags, "--fit.images=3200"), code=3)["error"]
     assert shard in error and "ingest the data again" in error
 
 
@@ -121,7 +140,7 @@ def expire(train: list[str], proxy: FaultProxy, *rules: Rule) -> tuple[str, str]
 
 
 def test_raw_files_train_where_they_are_and_credentials_expire(
-    raw: tuple[Folder, int, int], s3: Folder, proxy: FaultProxy
+    raw: tuple[Folder, set[str], set[str]], s3: Folder, proxy: FaultProxy
 ) -> None:
     source, _, broken = raw
     train = ["jobs/train.py", "digits", *SHORT, f"--data.url={source.url}", f"--root={s3.url}/yard",
@@ -131,6 +150,12 @@ def test_raw_files_train_where_they_are_and_credentials_expire(
 
     error, err = expire(train, proxy, Rule("expired"))
     assert error.endswith(way_out) and "workers train" not in err
+    # In a task of an ingest, which reads what this process has only listed.
+    ingest = ["jobs/ingest.py", "--source", source.url, "--out", f"{s3.url}/data", "--ingest.encoding=keep",
+              "--ingest.side=0", "--ingest.max-bad-share=0.1"]  # fmt: skip
+    error, err = expire(ingest, proxy, Rule("expired", method="GET", path=r"/raw/\d/.*png"))
+    assert re.search(r"/raw/\d/.*png", error) and way_out in error and "parts" in err
+    assert not (s3 / "data").exists(NAME)
     # In the middle of the stream, and again of all checkpoints from one on: the first is said, the second is the end.
     # The workers are not started once more to meet the same.
     for read_or_write in (
@@ -148,6 +173,6 @@ def test_raw_files_train_where_they_are_and_credentials_expire(
     manifest = Manifest.load(s3 / "yard" / "data" / data)
     at_once = (s3 / "yard" / "data" / data).get("quarantine.jsonl").splitlines()  # by their size, when they were listed
     bad = [int(name.removesuffix(".json")) for name in (s3 / "yard" / "runs" / "digits" / "quarantine").names()]
-    assert len(at_once) + len(bad) == broken
+    assert len(at_once) + len(bad) == len(broken)
     met = Plan(0, manifest.rows, manifest.row_group_rows, 128).rows(640, 2560)
     assert said["images_replaced"] == np.isin(met, bad).sum() > 0

@@ -6,7 +6,7 @@ from pipelines import ingest
 from pipelines.fit_config import FitConfig
 from pipelines.parts import do
 from pipelines.storage import Folder
-from tests.pipelines.helpers import FIT
+from tests.pipelines.states import FIT
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from pipelines import checkpoints
 from pipelines.fit import fit
 from pipelines.storage import Folder
 from pipelines.world import World
-from tests.pipelines.helpers import ABOUT, VARIANTS, Ear, micro_batches, tiny_state
+from tests.pipelines.states import ABOUT, VARIANTS, Ear, micro_batches, tiny_state
 
 folder, run, (size, stop, rank) = Path(sys.argv[1]), Folder(f"{sys.argv[1]}/run"), map(int, sys.argv[3:6])
 HOW = {2: ParallelConfig(strategy="fsdp"), 4: ParallelConfig(strategy="hybrid", shards=2)}

@@ -12,16 +12,14 @@ import torch
 import torch.distributed as dist
 
 from models.noise import normal
-from models.parallelize import ParallelConfig, construct
-from models.schedule import article
+from models.parallelize import ParallelConfig
 from pipelines import checkpoints
-from pipelines.fit import State, new_state
+from pipelines.fit import State
 from pipelines.saver import Saved, Saver
 from pipelines.storage import Folder
 from pipelines.world import World
-from tests.pipelines.states import ABOUT, CONFIG, unwritten
+from tests.pipelines.states import ABOUT, SAVED, tiny_state
 
-CPU = torch.device("cpu")
 BROUGHT: list[str] = []
 
 
@@ -39,8 +37,7 @@ def spread(strategy: str, size: int, seed: int) -> State:
         "fsdp": ParallelConfig(strategy="fsdp"),
         "hybrid": ParallelConfig(strategy="hybrid", shards=max(size // 2, 2)),
     }.get(strategy, ParallelConfig())
-    model, parallel = construct(unwritten, seed, how, CPU)
-    return new_state(model, CONFIG, article(), parallel)
+    return tiny_state(SAVED, seed, how=how)
 
 
 def step(state: State) -> None:

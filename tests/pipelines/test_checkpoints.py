@@ -15,7 +15,7 @@ from pipelines.fit import State, fit
 from pipelines.fit_config import FitConfig
 from pipelines.storage import Folder
 from pipelines.world import World
-from tests.pipelines.helpers import ABOUT, FIT, Ear, everything, micro_batches, tiny_state
+from tests.pipelines.states import ABOUT, FIT, Ear, everything, micro_batches, tiny_state
 
 ALONE = World()
 Digits = tuple[np.ndarray, np.ndarray]

@@ -24,7 +24,7 @@ from pipelines.sample_plan import plan_samples
 from pipelines.storage import Folder
 from pipelines.training import export
 from pipelines.world import World
-from tests.pipelines.helpers import ABOUT, TINY, VARIANTS, tiny_state
+from tests.pipelines.states import ABOUT, TINY, VARIANTS, tiny_state
 
 X, T = normal(0, "x", torch.arange(5), (1, 8, 8)), torch.tensor([1, 2, 300, 999, 1000])
 

@@ -3,6 +3,7 @@ import torch
 
 from pipelines.feed import Feed
 from pipelines.stream import Batch
+from tests.pipelines.states import Given
 
 
 def test_what_goes_in_comes_out_in_order_with_an_account() -> None:
@@ -21,3 +22,7 @@ def test_what_goes_in_comes_out_in_order_with_an_account() -> None:
     assert batches[1].image.any()
     feed.reset()
     assert (feed.replaced, feed.retried, feed.waited_s) == (0, 0, 0)
+
+
+def test_what_tests_feed_is_what_the_stream_gives() -> None:
+    assert Given._fields == Batch._fields and Given._field_defaults == Batch._field_defaults

@@ -1,6 +1,5 @@
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +11,11 @@ from torch import nn
 from models.schedule import article
 from pipelines import checkpoints
 from pipelines.errors import ConfigurationError
-from pipelines.fit import DivergedError, State, fit, mirrored, pixels_to_x_0, x_0_to_pixels
+from pipelines.fit import DivergedError, fit, mirrored, pixels_to_x_0, x_0_to_pixels
 from pipelines.fit_config import FitConfig
 from pipelines.storage import Folder
 from pipelines.world import World
-from tests.pipelines.helpers import ABOUT, FIT, Ear, everything, micro_batches, tiny_state
+from tests.pipelines.states import ABOUT, FIT, Ear, Noticed, everything, micro_batches, tiny_state
 
 Digits = tuple[np.ndarray, np.ndarray]
 
@@ -105,12 +104,17 @@ def test_a_run_changes_its_workers_half_way(digits: Digits, tiny_fit: FitConfig,
 
 def test_a_gradient_that_is_not_finite_stops_before_the_optimizer_moves(digits: Digits, tiny_fit: FitConfig) -> None:
     config = replace(tiny_fit, learning_rate=1e30, warm_up_images=0, clip_norm=1e30)
-    state = tiny_state(config)
+    state, short = tiny_state(config), tiny_state(config)
     with pytest.raises(DivergedError, match=r"gradient of positions \d+\.\.\d+ is (nan|inf)") as caught:
         fit(config, state, article(), 0, micro_batches(digits[0], config), Ear())
     first = int(str(caught.value).split("positions ")[1].split("..")[0])
-    assert first % config.batch_images == 0
+    assert first % config.batch_images == 0 < first
     assert state.position == first + config.batch_images
+    # All of it is what a run is that ends before that batch.
+    until = replace(config, images=first)
+    fit(until, short, article(), 0, micro_batches(digits[0], until), Ear())
+    assert {int(each["step"]) for each in state.optimizer.state.values()} == {first // config.batch_images}
+    torch.testing.assert_close(everything(state), everything(short), rtol=0, atol=0, equal_nan=True)
 
 
 def test_the_rate_rises_and_falls_as_it_should(tiny_fit: FitConfig) -> None:
@@ -160,21 +164,6 @@ def test_ten_in_a_row_are_not_skipped(digits: Digits, tiny_fit: FitConfig) -> No
     state.parallel = Poisoned(state.model, set(range(1, 12)))
     with pytest.raises(DivergedError, match=r"gradient of positions 320\.\.351 is nan"):
         fit(config, state, article(), 0, micro_batches(digits[0], config), Ear())
-
-
-class Noticed(Ear):
-    """Is told at a position that a worker is about to go."""
-
-    def __init__(self, position: int, commit: Callable[[State], None]) -> None:
-        super().__init__(commit)
-        self.asked, self.at, self.left = 0, position, 0
-
-    def notice(self) -> bool:
-        self.asked += 1
-        return self.asked * FIT.batch_images == self.at
-
-    def leave(self, state: State) -> None:
-        self.left = state.position
 
 
 @pytest.mark.parametrize("at", [96, 128, 384], ids=["between two", "beside one that is due", "at the end"])

@@ -13,7 +13,7 @@ from pipelines.fit import fit, told_labels
 from pipelines.fit_config import FitConfig
 from pipelines.storage import Folder
 from pipelines.world import World
-from tests.pipelines.helpers import ABOUT, VARIANTS, Ear, micro_batches, tiny_state
+from tests.pipelines.states import ABOUT, VARIANTS, Ear, micro_batches, tiny_state
 
 Digits = tuple[np.ndarray, np.ndarray]
 LOSS_AWARE = VARIANTS["loss-aware"]

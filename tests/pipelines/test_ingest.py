@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,11 +24,11 @@ from pipelines.errors import ConfigurationError, DataError, TryAgainError
 from pipelines.images import View, encode
 from pipelines.ingest import IngestJob, dry_run, ingest, ingest_job
 from pipelines.ingest_plan import IngestConfig, IngestPlan
-from pipelines.local_files import Stored
 from pipelines.manifest import Manifest
 from pipelines.parts import DigestPart, Part, WritePart, as_row, do, find_duplicates, rows_for
 from pipelines.retries import retries
 from pipelines.storage import Folder
+from pipelines.stored import Stored
 
 CODE = Path(__file__).parents[2]
 CONFIG = IngestConfig(side=8, channels=1, shard_rows=500, row_group_rows=64)
@@ -228,6 +229,23 @@ def test_a_source_in_place_that_has_changed_is_another_data_set(folder: Folder, 
     with pytest.raises(ConfigurationError, match="holds an ingest of"):
         ingest(IngestPlan.make(source, folder / "a", config))
     assert ingest(IngestPlan.make(source, folder / "c", config)).digest != first.digest
+
+
+def test_a_source_in_place_that_has_moved_is_another_data_set(folder: Folder, digits: Digits) -> None:
+    """To read there what was listed here would fail, or find something else. Of a copy it does not matter."""
+    for i in range(20):
+        (folder / "here").put(f"{i}.png", encode(digits[0][i], "png"))
+    shutil.copytree((folder / "here").path(), (folder / "there").path())  # with its times
+    here, there = folder / "here", folder / "there"
+    assert here.find() == there.find()
+    in_place = IngestConfig(side=0, channels=1, encoding="in-place")
+    one, other = (IngestPlan.make(source, folder / "a", in_place) for source in (here, there))
+    assert one.digest != other.digest
+    ingest(one)
+    with pytest.raises(ConfigurationError, match=r"holds an ingest of .*/here as it was"):
+        ingest(other)
+    copied = [IngestPlan.make(source, folder / "b", CONFIG).digest for source in (here, there)]
+    assert copied[0] == copied[1]
 
 
 def test_a_finished_ingest_writes_nothing(raw: Folder, folder: Folder, alone: None) -> None:

@@ -22,7 +22,7 @@ from pipelines.sample_plan import WHAT_A_SAMPLE_DEPENDS_ON, SamplePlan, check_cl
 from pipelines.sampling import DrawShard
 from pipelines.storage import Folder
 from pipelines.world import World
-from tests.pipelines.helpers import ABOUT, FIT, TINY, VARIANTS, tiny_state
+from tests.pipelines.states import ABOUT, FIT, TINY, VARIANTS, tiny_state
 
 DRAW = DrawConfig(steps=3, shard_images=10, batch_images=5)
 

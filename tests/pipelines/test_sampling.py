@@ -30,7 +30,7 @@ from pipelines.sampling import draw_samples, dry_run, verify
 from pipelines.scoring import Moments, frechet_distance, pixel_features, score_job
 from pipelines.storage import Folder
 from pipelines.world import World
-from tests.pipelines.helpers import FIT, TINY
+from tests.pipelines.states import FIT, TINY
 
 pytestmark = pytest.mark.ray
 DRAW = DrawConfig(steps=4, shard_images=10, batch_images=4, actors=2)

@@ -18,7 +18,7 @@ from pipelines.lineage import Trained
 from pipelines.plain import to_dict
 from pipelines.storage import Folder
 from pipelines.world import World
-from tests.pipelines.helpers import ABOUT, FIT, TINY, VARIANTS, Ear, micro_batches, tiny_state
+from tests.pipelines.states import ABOUT, FIT, TINY, VARIANTS, Ear, micro_batches, tiny_state
 
 SCHEDULE = VARIANTS["plain"].schedule
 CONFIG = replace(FIT, checkpoint_images=32, log_images=32, ema=EMAConfig(power_stds=(0.05, 0.1)))

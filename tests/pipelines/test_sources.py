@@ -15,9 +15,9 @@ from pipelines import sources as module
 from pipelines.errors import ConfigurationError, DataError, TryAgainError
 from pipelines.images import encode
 from pipelines.labels import read_labels, sorted_labels
-from pipelines.local_files import Stored
 from pipelines.sources import Entry, Source, kind_of, of_kind, portions
 from pipelines.storage import Folder
+from pipelines.stored import Stored
 
 N = 30
 PICTURES = [encode(np.full((4, 4, 3), i, np.uint8), "png") for i in range(N)]

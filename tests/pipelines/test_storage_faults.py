@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.errors import TryAgainError
+from pipelines.errors import DamagedError, TryAgainError
 from pipelines.images import encode
 from pipelines.ingest import IngestJob, ingest_job
 from pipelines.ingest_plan import IngestConfig, IngestPlan
@@ -226,6 +226,35 @@ def test_a_server_that_stops_reading_is_not_waited_for_without_end(monkeypatch: 
         monkeypatch.setattr("pipelines.s3.SLOWEST", 1 << 30)
         with pytest.raises(TryAgainError, match=r"PUT .*does not answer as it should \(TimeoutError\)"):
             Folder("s3://bucket").put("a", bytes(30 << 20))
+
+
+def test_an_answer_that_never_stops_coming_has_an_end(
+    folder: Folder, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A byte now and then is no silence, which the time-outs of HTTP clients are about."""
+    monkeypatch.setenv("BRICKYARD_ANSWER_S", "0.3")
+    before = retries()
+    proxy.rules = [Rule("dripping", method="GET", first=1)]
+    assert folder.get("a") == BODY
+    assert retries() - before == proxy.injected["dripping"] == 1
+    monkeypatch.setenv("BRICKYARD_RETRY_S", "0.1")
+    proxy.rules = [Rule("dripping", method="GET")]
+    with pytest.raises(TryAgainError, match=r"/a does not answer as it should \(TimeoutError\)"):
+        folder.get("a")
+
+
+def test_what_has_moved_is_still_compared_with_what_was_listed(folder: Folder, proxy: FaultProxy) -> None:
+    """A bucket of another region sends one there; the condition of the first request is not in the second."""
+    versions = {found.name: found.version for found in folder.find()}
+    names = ["a", "sub/b"]
+    asked = [versions[name] for name in names]
+    proxy.rules = [Rule("moved", method="GET", first=1)]
+    assert folder.get_unchanged(names, asked) == [BODY, BODY[::-1]]
+    assert proxy.injected == {"moved": 2}
+    folder.put("sub/b", BODY)
+    proxy.rules = [Rule("moved", method="GET", first=1)]
+    with pytest.raises(DamagedError, match=r"sub/b is not the object that was listed: it has changed since"):
+        folder.get_unchanged(names, asked)
 
 
 def test_an_ingest_reports_what_was_asked_again(

@@ -39,7 +39,7 @@ from pipelines.validation import (
 from pipelines.worker import TrainTask
 from pipelines.world import World
 from tests.models.independent import SCHEDULES, alpha_bars, best_for_gaussian
-from tests.pipelines.helpers import ABOUT, FIT, TINY
+from tests.pipelines.states import ABOUT, FIT, TINY
 
 Digits = tuple[np.ndarray, np.ndarray]
 GREY = View(side=8, channels=1)
