@@ -1,0 +1,71 @@
+"""A sweep as a user runs it: children in processes of their own, one cluster, one parent in MLflow."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.processes import CODE, without_ray
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # MLflow's own dependencies
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+SHORT = [
+    "--train.fit.images=640", "--train.fit.log-images=320", "--train.fit.batch-images=32",
+    "--train.fit.micro-images=32", "--train.scaling.workers=1", "--train.fit.grid-images=640",
+    "--train.fit.checkpoint-images=640", "--train.evaluate-images=0", "--train.data.held-out=0",
+]  # fmt: skip
+
+
+def sweep(root: Path, *flags: str, code: int = 0) -> tuple[dict[str, Any], str]:
+    done = subprocess.run(
+        [sys.executable, "jobs/sweep.py", "digits", f"--train.root={root}", *SHORT, *flags],
+        cwd=CODE, env=without_ray() | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900, check=False,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr[-5000:]
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+def test_children_train_under_one_parent_and_only_once(tmp_path: Path) -> None:
+    """One of the children diverges; the others are none the worse."""
+    grid = "fit.learning_rate=1e-3,1e30"
+    said, err = sweep(tmp_path, "--grid", grid, code=1)
+    assert "1 of 2 children did not get to their end: fit.learning_rate=1e30: exit 1, the gradient of" in said["error"]
+    assert "the gradient of positions" in (tmp_path / "sweeps/sweep/sweep.learning_rate-1e30.log").read_text()
+
+    said, err = sweep(tmp_path, "--grid", "fit.learning_rate=1e-3 seed=0,1", "fit.learning_rate=1e-3")
+    assert "3 children, 1 of them done" in err
+    assert [row["child"] for row in said["children"]] == [
+        row["child"] for row in sorted(said["children"], key=lambda row: row["loss"])
+    ]
+    rows = {row["child"]: row for row in said["children"]}
+    assert rows.keys() == {
+        "fit.learning_rate=1e-3 seed=0", "fit.learning_rate=1e-3 seed=1", "fit.learning_rate=1e-3"
+    }  # fmt: skip
+    losses = [row["loss"] for row in rows.values()]
+    assert losses[0] == losses[2] != losses[1], "what is asked the same comes out the same"
+    table = (tmp_path / "sweeps/sweep/table.txt").read_text()
+    assert f"{losses[1]:.4g}" in table and "fit.learning_rate=1e-3 seed=1" in table
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("brickyard").experiment_id])
+    (parent,) = [run for run in runs if run.info.run_name == "sweep"]
+    assert parent.info.status == "FINISHED" and parent.info.run_id == said["tracking_run"]
+    children = {
+        run.info.run_name: run.info.status
+        for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id
+    }  # fmt: skip
+    assert children == {
+        "sweep.learning_rate-1e-3": "FINISHED", "sweep.learning_rate-1e30": "FAILED",
+        "sweep.learning_rate-1e-3_seed-0": "FINISHED", "sweep.learning_rate-1e-3_seed-1": "FINISHED",
+    }  # fmt: skip
+
+    again, err = sweep(tmp_path, "--grid", "fit.learning_rate=1e-3 seed=0,1", "fit.learning_rate=1e-3")
+    assert again["children"] == said["children"] and "starts" not in err, "nothing is trained again"

@@ -1,0 +1,104 @@
+"""What a researcher sees who opens MLflow's pages in a browser: a real one, on the real server."""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+import pytest
+from playwright.sync_api import Page, sync_playwright
+
+from pipelines.config import TrackingConfig
+from pipelines.entries import DataSet, Model
+from pipelines.replay import ReplayJob, replay
+from pipelines.storage import Folder
+from pipelines.tracking import now_ms, open_tracker
+from pipelines.training import RUN
+
+PATIENCE_MS = 120_000
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]  # fmt: skip
+"""No sandbox of its own where it runs as root, and no word to anyone."""
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+
+@pytest.fixture
+def page(mlflow_server: str) -> Iterator[Page]:
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if not browser and not os.environ.get("CI"):
+        pytest.skip("there is no Chromium: apt-get install chromium")
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=browser, args=QUIET)
+        name, password = os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]
+        context = chromium.new_context(
+            base_url=mlflow_server, http_credentials={"username": name, "password": password},
+            viewport={"width": 1600, "height": 1400},
+        )  # fmt: skip
+        context.set_default_timeout(PATIENCE_MS)
+        yield context.new_page()
+        chromium.close()
+
+
+def record(folder: Folder, uri: str, name: str, learning_rate: str, loss: float, register: str) -> str:
+    """Record a run that has learned to a loss; return MLflow's id of it."""
+    home, run_id = folder / "runs" / name, uuid.uuid4().hex
+    home.put(RUN, json.dumps({"id": run_id}).encode())
+    (home / "export").put("config.json", b"{}")
+    config = TrackingConfig(uri=uri, experiment="pages")
+    tracker = open_tracker(config, folder, home, name, run_id, {"fit.learning_rate": learning_rate}, {"a": "tag"})
+    tracker.append(DataSet("digits", "d" * 64, "s3://bucket/digits", {"rows": 1797}))
+    for position in (100, 200):
+        tracker.metrics({"loss": loss * 200 / position}, position)
+        tracker.picture(np.full((64, 64, 1), position, np.uint8), "samples", position)
+    tracker.append(
+        Model(
+            name=name,
+            digest=run_id,
+            checkpoint=home.url,
+            folder=(home / "export").url,
+            files=["config.json"],
+            position=200,
+            at_ms=now_ms(),
+            metrics={"frechet_distance": loss / 2},
+            data_name="digits",
+            data_digest="d" * 64,
+            register=register,
+        )
+    )
+    tracker.finish("FINISHED")
+    replay(ReplayJob(runs=(home.url,), patience_s=120))
+    assert tracker.tracker_id
+    return tracker.tracker_id
+
+
+def test_runs_can_be_compared_looked_at_and_followed_to_their_models(
+    tmp_path: Path, mlflow_server: str, page: Page
+) -> None:
+    from mlflow import MlflowClient
+
+    folder, registered = Folder(str(tmp_path)), f"digits-{uuid.uuid4().hex[:6]}"
+    fast = record(folder, mlflow_server, "fast", "0.0021", 0.0832, registered)
+    slow = record(folder, mlflow_server, "slow", "0.0007", 0.1234, registered)
+    experiment = MlflowClient(mlflow_server).get_run(fast).info.experiment_id
+
+    page.goto(f"/#/compare-runs?runs={quote(json.dumps([fast, slow]))}&experiments={quote(json.dumps([experiment]))}")
+    for shown in ("fast", "slow", "0.0021", "0.0007", "0.083", "0.123"):
+        page.get_by_text(shown, exact=False).first.wait_for()
+
+    page.goto(f"/#/experiments/{experiment}/runs/{fast}")
+    for shown in ("Finished", "digits (" + "d" * 36 + ")", registered, "fit.learning_rate", "0.0021"):
+        page.get_by_text(shown, exact=False).first.wait_for()
+
+    page.goto(f"/#/experiments/{experiment}/runs/{fast}/model-metrics")
+    page.get_by_text("samples", exact=False).first.wait_for()  # with its slider over the positions
+
+    page.goto(f"/#/models/{registered}")
+    page.get_by_text("candidate", exact=False).first.wait_for()
+    page.get_by_text("Version 2", exact=False).first.wait_for()
