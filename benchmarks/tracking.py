@@ -58,7 +58,7 @@ class Settings:
     """Measure what recording costs."""
 
     rounds: int = 5
-    steps: int = 50
+    steps: int = 20
     """Of a turn."""
 
 
