@@ -57,8 +57,10 @@ def check_ids(attempts: dict[int, Attempt], plan: Plan) -> None:
     starts = list(attempts)
     for at, until in zip(starts, [*starts[1:], None], strict=True):
         ledger = attempts[at].ledger
-        assert list(range(at, until or max(ledger) + 1)) == sorted(p for p in ledger if not until or p < until)
-        ids = plan.rows(at, max(ledger) + 1)
+        assert ledger, f"none of the workers that started at {at} was handed anything"
+        end = max(ledger) + 1
+        assert list(range(at, until or end)) == sorted(position for position in ledger if position < (until or end))
+        ids = plan.rows(at, end)
         assert {position: entry.row for position, entry in ledger.items()} == {p: ids[p - at] for p in ledger}
 
 
