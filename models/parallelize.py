@@ -86,7 +86,7 @@ def construct(make: Callable[[], M], seed: int, config: ParallelConfig, device: 
     3. The precision, around the forward pass of the whole.
     4. Sharding, of each block and then of the rest. Its collectives stay outside of what is compiled or computed again.
     5. Memory on the device, for this worker's part only.
-    6. The first weights, which are functions of (seed, name): each worker fills its part, and nothing is sent.
+    6. The first weights, which are functions of (seed, name): each worker fills its part by itself.
     7. DDP last, since it adds up the gradients of memory that is there.
 
     The optimizer and the averages come after: what they hold is sharded as the parameters are.

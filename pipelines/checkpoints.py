@@ -111,10 +111,15 @@ def write(
         ConfigurationError: on all ranks, if they do not write into one folder.
     """
     folder = run / folder_name(about.position)
+    # What lies there was passed over, or the run would not come by here again. Before its files change it must not look
+    # committed. The others meet this rank in what follows, before they write.
+    cleared = _attempt(folder.delete) if world.rank == 0 else None
     files = dcp_files.dump(content, world.size, group)
     power = {std: snapshots.whole(average, world.rank, group) for std, average in content["ema_power"].items()}
 
     def deliver() -> tuple[dict[str, tuple[int, str]], list[str]]:
+        if isinstance(cleared, Exception):
+            raise cleared
         entries = {name: _upload(folder, name, data) for name, data in sorted(files.items())}
         return entries, snapshots.keep(run, power, about.position) if world.rank == 0 else []
 
@@ -125,7 +130,7 @@ def write(
     if failed := next((part for part in parts if isinstance(part, Exception)), None):
         if world.rank == 0:
             with suppress(DataError, TryAgainError):
-                _clear(folder)
+                folder.delete()  # on a full disk it is in the way
         raise failed
     entries = {name: entry for part, _ in parts for name, entry in part.items()}
     manifest = replace(about, files=entries, snapshots=parts[0][1])
@@ -150,12 +155,6 @@ def _close(folder: Folder, manifest: Checkpoint) -> None:
             "give a --root on storage that all nodes share"
         )
     folder.put(MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
-
-
-def _clear(folder: Folder) -> None:
-    """Remove what was delivered of a checkpoint that will not be committed: on a full disk it is in the way."""
-    if not folder.exists(MANIFEST):
-        folder.delete()
 
 
 def _attempt(do: Callable[[], T]) -> T | Exception:
@@ -218,39 +217,48 @@ def _read_listed(folder: Folder) -> Checkpoint:
     return checkpoint
 
 
-def newest(run: Folder, verified: bool = True) -> tuple[Folder, Checkpoint] | None:
+def newest(
+    run: Folder, verified: bool = True, say: Callable[[str], None] = log.warning
+) -> tuple[Folder, Checkpoint] | None:
     """Return the newest checkpoint of a run that is as it was committed, or None; say which were passed over.
 
     Args:
         run: the folder of the run.
         verified: read every byte; if not, the manifest and a listing, by which a changed byte goes unnoticed.
+        say: is told of each that is passed over, in a sentence.
     """
     for name in reversed([name for name in run.names() if name.startswith(PREFIX)]):
         folder = run / name
         if not folder.exists(MANIFEST):
-            log.warning("%s was never committed; passing it over", folder.url)
+            say(f"{folder.url} was never committed; passing it over")
             continue
         try:
             return folder, read_verified(folder) if verified else _read_listed(folder)
         except DamagedError as error:
-            log.warning("passing over a damaged checkpoint: %s", error)
+            say(f"passing over a damaged checkpoint: {error}")
     return None
 
 
-def choose(run: Folder) -> int:
+def choose(run: Folder, say: Callable[[str], None] = log.warning) -> int:
     """Verify where a run can go on, write it down for its workers, and return it: a position, 0 without a checkpoint.
 
     The stream is opened there, and they load what is there: none of them has to choose, or to read every byte, again.
+    ``say`` is told of each checkpoint that is passed over.
     """
-    found = newest(run)
+    found = newest(run, say=say)
     position = found[1].position if found else 0
     run.put(CHOSEN, str(position).encode())
     return position
 
 
+def chosen_position(run: Folder) -> int:
+    """Return where the workers were last told to go on, in images."""
+    return int(run.get(CHOSEN))
+
+
 def chosen(run: Folder) -> tuple[Folder, Checkpoint] | None:
     """Return the checkpoint that was chosen for the workers, or None at the beginning of a run."""
-    position = int(run.get(CHOSEN))
+    position = chosen_position(run)
     folder = run / folder_name(position)
     return (folder, read(folder)) if position else None
 

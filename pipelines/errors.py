@@ -40,14 +40,30 @@ class TryAgainError(BrickyardError):
     """Something outside failed that may be well later; the same command continues: exit 75 (EX_TEMPFAIL)."""
 
 
+def root(error: BaseException) -> BaseException:
+    """Return the error that is behind what Ray, and whoever else passed it on, made of it."""
+    while inside := _inside(error):
+        error = inside
+    return error
+
+
 def ours(error: BaseException | None) -> BrickyardError | None:
     """Return the error of ours that is behind what Ray made of it, or None."""
     while error is not None:
-        inside = getattr(error, "cause", None)
-        if inside is None and isinstance(error, BrickyardError):
+        if isinstance(error, BrickyardError) and not _of_ray(error):
             return error
-        error = inside or error.__cause__
+        error = _inside(error)
     return None
+
+
+def _of_ray(error: BaseException) -> BaseException | None:
+    """Return what Ray has put a frame around, if this is such a frame, which may have the type of what is in it."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, BaseException) else None
+
+
+def _inside(error: BaseException) -> BaseException | None:
+    return _of_ray(error) or error.__cause__
 
 
 @contextmanager

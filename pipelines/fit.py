@@ -74,6 +74,10 @@ class Listener:
     def leave(self, state: State) -> None:
         """Make way after such a notice, as soon as the state is committed. (all ranks)"""
 
+    def warn(self, text: str, position: int) -> None:
+        """Take a sentence that the user should read. (rank 0)"""
+        log.warning("%s", text)
+
     def pause(self) -> None:
         """What begins now takes longer than a step. (all ranks)"""
 
@@ -174,7 +178,8 @@ def fit(  # noqa: PLR0912, PLR0915  (the one long story)
                     f"{said}; look at those images: go on without them by --fit.not-finite skip, or lower "
                     "fit.learning_rate under another --name"
                 )
-            log.warning("%s: skipped", said)
+            if world.rank == 0:
+                listener.warn(f"{said}: skipped", state.position)
             state.timesteps.forget()
         optimizer.zero_grad(set_to_none=True)
         state.ema.update(model, state.position, config.batch_images)

@@ -47,7 +47,8 @@ class FitConfig:
     log_images: int = 12_800
     """Images between two reports; a multiple of batch_images."""
     checkpoint_images: int = 51_200
-    """Images between two checkpoints; a multiple of batch_images: what a crash can cost."""
+    """Images between two checkpoints; a multiple of batch_images: what a crash can cost, and what is trained while
+    a checkpoint is on its way."""
     grid_images: int = 51_200
     """Images between two sample grids; a multiple of batch_images."""
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import ray
-from ray.util.queue import Empty, Queue
+from ray.util.queue import Empty, Full, Queue
 from torch import Tensor
 
 from pipelines.fit import x_0_to_pixels
@@ -70,7 +70,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Left:
-    """The workers have left of themselves at a position, to be started again there."""
+    """The workers have left of themselves at a position."""
 
     position: int
     reason: str
@@ -86,7 +86,23 @@ class Hanging:
     stacks: str
 
 
-Message: TypeAlias = Report | Picture | Committed | NotCommitted | Started | Left | Hanging
+@dataclass(frozen=True)
+class Warned:
+    """Something that the user should know of, at or after a position, from where no log of ours is read."""
+
+    position: int
+    text: str
+
+
+Message: TypeAlias = Report | Picture | Committed | NotCommitted | Started | Left | Hanging | Warned
+
+
+def send(wire: Queue, message: Message) -> None:
+    """Hand a message to the driver, or drop it: the record never holds training up."""
+    try:
+        wire.put_nowait(message)
+    except (Full, ray.exceptions.RayActorError) as error:
+        log.warning("%s at %d is lost to the record: %s", type(message).__name__, message.position, error)
 
 
 class Record:
@@ -95,6 +111,8 @@ class Record:
 
     def __init__(self, wire: Queue, tracker: Tracker, images: int, on_commit: Callable[[int], None]) -> None:
         self.last: dict[str, float] = {}
+        self.started_at: int | None = None
+        """Where the first workers began, in images; None: none have."""
         self._wire, self._tracker, self._on_commit = wire, tracker, on_commit
         self._progress = TrainingProgress(images)
         self._closing = threading.Event()
@@ -117,7 +135,7 @@ class Record:
         match message:
             case Report(position, metrics):
                 self.last |= {"loss": metrics["loss"], "images_per_s": round(metrics["images_per_s"], 1)}
-                for name in ("images_replaced", "storage_retries"):
+                for name in ("images_replaced", "storage_retries", "steps_skipped"):
                     self.last[name] = self.last.get(name, 0) + metrics[name]
                 self._progress.update(position, metrics)
                 self._tracker.metrics(metrics, position)
@@ -147,6 +165,10 @@ class Record:
                 )  # fmt: skip
             case Started(position, workers):
                 log.info("%d workers train from %d images on", workers, position)
+                if self.started_at is None:
+                    self.started_at = position
+            case Warned(_, text):
+                log.warning("%s", text)
 
     def close(self) -> None:
         """Pass on what still waits, for ten seconds at most."""

@@ -25,7 +25,7 @@ class ScalingConfig:
     validate_on_gpu: bool = False
     """Measure the loss of data.held_out on a GPU, one beside those of the workers; otherwise on one core."""
     max_failures: int = 3
-    """Crashes of workers that are answered by going on from the last checkpoint, within one run of the command."""
+    """Crashes of workers in a row, with no new checkpoint between them, that are answered by going on from the last."""
     hang_s: float = 600.0
     """Seconds that a step may take, after the first; then the workers say where they stand and are started again from
     the last checkpoint."""

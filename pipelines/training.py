@@ -126,8 +126,7 @@ def _train(
     if found and found[1].position >= job.fit.images:
         log.info("%s has seen its %d images; nothing to train", job.run.url, found[1].position)
         return {"trained_images": 0}
-    position = found[1].position if found else 0
-    log.info("starting %d workers at %d images", job.scaling.workers, position)
+    log.info("starting %d workers", job.scaling.workers)
     if idle := job.fit.idle_share(job.scaling.workers):
         log.warning(
             "%d workers share out %d micro-batches of each global batch: they wait %.0f %% of their time; a number of "
@@ -136,8 +135,7 @@ def _train(
             job.fit.micro_batches,
             100 * idle,
         )
-    said = run_workers(job, data, manifest, about, tracker, validator.take)
-    return {"trained_images": job.fit.images - position, **said}
+    return run_workers(job, data, manifest, about, tracker, validator.take)
 
 
 def find_data(job: TrainJob) -> tuple[Folder, Manifest | IngestPlan]:

@@ -184,9 +184,10 @@ class Validator:
             position = max((p for p in due if p is not None), default=done)
             if position > done and not self._given_up.is_set():
                 images = images or self._read()
-                if not self._measure(position, images):
-                    images = None  # it may have been they that could not be read
-                done = position
+                if self._measure(position, images):
+                    done = position
+                else:  # it may be committed once more; and it may have been the images that could not be read
+                    images = None
 
     def _read(self) -> Any:
         """Have the images read once for all; they stay in Ray's store, which reads them again if a node is lost."""

@@ -12,8 +12,9 @@ import math
 import os
 import signal
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +27,7 @@ from ray.train import DataConfig as RayDataConfig
 from ray.train import FailureConfig, LoggingConfig, RunConfig
 from ray.train import ScalingConfig as RayScalingConfig
 from ray.train.torch import get_device
-from ray.util.queue import Full, Queue
+from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
@@ -36,9 +37,9 @@ from pipelines import checkpoints
 from pipelines.checkpoints import Checkpoint
 from pipelines.cluster import check_node_labels
 from pipelines.config import TrainJob
-from pipelines.errors import TryAgainError, ours
+from pipelines.errors import BrickyardError, TryAgainError, root
 from pipelines.fit import DivergedError, Listener, State, fit, new_state
-from pipelines.foreman import Foreman, NotAgain, Notice, Trainer, leave, present
+from pipelines.foreman import OUTSIDE, WAITING_S, Foreman, NotAgain, Notice, Trainer, leave
 from pipelines.images import View
 from pipelines.manifest import Manifest
 from pipelines.plan import Plan, window_batches
@@ -53,8 +54,11 @@ from pipelines.record import (
     Record,
     Report,
     Started,
+    Warned,
+    send,
 )
 from pipelines.saver import Saved, Saver
+from pipelines.scaling import ScalingConfig
 from pipelines.storage import Folder
 from pipelines.stream import Deal, ReadWindow, batches, execution_options, open_stream
 from pipelines.tracking import Tracker
@@ -94,7 +98,12 @@ class TrainTask:
 
     def open(self) -> ray.data.Dataset:
         """Open the stream where the newest valid checkpoint is. Called by the controller at each start."""
-        return open_stream(self.read_from(checkpoints.choose(self.job.run)), self.job.data.wanted_labels)
+        position = checkpoints.choose(self.job.run, self.warn)
+        return open_stream(self.read_from(position), self.job.data.wanted_labels)
+
+    def warn(self, text: str, position: int = 0) -> None:
+        """Say something to the user, whom no log of another process reaches."""
+        send(self.wire, Warned(position, text))
 
     def read_from(self, position: int) -> ReadWindow:
         """Return the read task of the stream from a position on."""
@@ -137,10 +146,14 @@ class WorkerListener(Listener):
         self.settle()
         if self.world.rank == 0:
             self.send(Left(state.position, self._notice.why))
+        self.world.sum(torch.zeros(1, device=self.world.device))  # when one is gone, Ray Train ends the others
         leave()
 
     def _hanging(self, stacks: str) -> None:
         self.send(Hanging(self._position, self.world.rank, self.task.job.scaling.hang_s, stacks))
+
+    def warn(self, text: str, position: int) -> None:
+        self.task.warn(text, position)
 
     def pause(self) -> None:
         self._watch.pause()
@@ -172,20 +185,25 @@ class WorkerListener(Listener):
             self.send(Committed(saved.position, saved.seconds, saved.waited_s, saved.copied_s))
 
     def send(self, message: Message) -> None:
-        """Hand a message to the driver, or drop it: the record never holds training up."""
-        try:
-            self.task.wire.put_nowait(message)
-        except (Full, ray.exceptions.RayActorError) as error:
-            log.warning("%s at %d is lost to the record: %s", type(message).__name__, message.position, error)
+        send(self.task.wire, message)
 
 
-@present()
 def train_worker(task: TrainTask) -> None:
-    """Run the loop on a worker of Ray Train. (all ranks)"""
-    job = task.job
-    torch.set_num_threads(job.scaling.threads_per_worker)
+    """Run the loop on a worker of Ray Train, and say what the matter is if it fails. (all ranks)"""
     context = ray.train.get_context()
     world = World(context.get_world_rank(), context.get_world_size(), get_device())
+    try:
+        _train(task, world)
+    except (BrickyardError, ray.exceptions.RayActorError):  # ours, which speak for themselves, and those who leave
+        raise
+    except Exception:
+        task.warn(f"worker {world.rank} of {world.size} fails:\n{traceback.format_exc()}")
+        raise
+
+
+def _train(task: TrainTask, world: World) -> None:
+    job = task.job
+    torch.set_num_threads(job.scaling.threads_per_worker)
     side, _, channels = task.view.shape
     # Weights: 1. a function of the seed …
     model, parallel = construct(
@@ -214,7 +232,7 @@ def run_workers(
     tracker: Tracker,
     on_commit: Callable[[int], None],
 ) -> dict[str, float]:
-    """Run the loop on the job's workers, to the end of the run; return its last report in short.
+    """Run the loop on the job's workers, to the end of the run; return its last report and ``trained_images``.
 
     ``on_commit`` is told the position of each checkpoint, in another thread.
 
@@ -232,15 +250,16 @@ def run_workers(
     finally:
         record.close()
         wire.shutdown()
-    return record.last
+    return {"trained_images": job.fit.images - (record.started_at or 0), **record.last}
 
 
 def _run_ray_train(job: TrainJob, task: TrainTask) -> None:
     scaling = job.scaling
-    # A process that does not even answer. Later than its peers, who wait for it and then say where.
-    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(scaling.hang_s + HEALTH_MARGIN_S)
-    if scaling.min_workers:  # a node may have died that Ray still counts on: find out soon how many are left
-        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
+    resources = {"CPU": scaling.cpus_per_worker} | ({"GPU": 1.0} if scaling.use_gpu else {})
+    no_room = (
+        f"there has been no room for the workers for {WAITING_S:.0f} s: {scaling.min_workers or scaling.workers} with "
+        f"{resources} each; `ray status` says what the cluster has"
+    )
     # What Ray Train keeps of its own is empty, since nothing is reported to it, and its controller runs on this node.
     # So it lies here, out of reach of what befalls the run's storage, and each start has a folder of its own.
     own = tempfile.TemporaryDirectory(prefix="brickyard-ray-", ignore_cleanup_errors=True)
@@ -250,29 +269,50 @@ def _run_ray_train(job: TrainJob, task: TrainTask) -> None:
             num_workers=(scaling.min_workers, scaling.workers) if scaling.min_workers else scaling.workers,
             elastic_resize_monitor_interval_s=scaling.resize_s,
             use_gpu=scaling.use_gpu,
-            resources_per_worker={"CPU": scaling.cpus_per_worker},
+            resources_per_worker=resources,
         ),
         run_config=RunConfig(
             name=Path(own.name).name,
             storage_path=own.name,
-            failure_config=FailureConfig(max_failures=scaling.max_failures),
+            failure_config=FailureConfig(max_failures=-1),  # NotAgain counts
             logging_config=LoggingConfig(log_level="ERROR"),
-            callbacks=[Foreman(), NotAgain()],
+            callbacks=[
+                Foreman(functools.partial(task.warn, no_room)),
+                NotAgain(scaling.max_failures, functools.partial(checkpoints.chosen_position, job.run)),
+            ],
         ),
         datasets={"train": task.open},
         dataset_config=RayDataConfig(execution_options=execution_options(), enable_shard_locality=False),
     )
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
-        trainer.fit()
+        with _ray_trains_times(scaling):
+            trainer.fit()
     except SystemExit as error:  # Ray Train's answer to Ctrl-C, with the exit code 0
         raise KeyboardInterrupt from error
-    except ray.train.TrainingFailedError as error:
-        if told := ours(getattr(error, "controller_failure", None)):
-            raise told from error
-        raise TryAgainError(
-            f"training stopped: {error}; run the same command to go on from the newest checkpoint"
-        ) from error
+    except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:  # the latter: its controller is gone
+        behind = root(getattr(error, "controller_failure", error))
+        if isinstance(behind, OUTSIDE):
+            raise TryAgainError(
+                f"training stopped: {behind}; run the same command to go on from the newest checkpoint"
+            ) from error
+        raise behind from error
     finally:
         signal.signal(signal.SIGINT, on_interrupt)  # Ray Train leaves its own behind
         own.cleanup()
+
+
+@contextmanager
+def _ray_trains_times(scaling: ScalingConfig) -> Iterator[None]:
+    """Set how long Ray Train waits, which it reads from the environment of the driver."""
+    # For a process that does not even answer: later than its peers, who wait for it and then say where.
+    times = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(scaling.hang_s + HEALTH_MARGIN_S)}
+    if scaling.min_workers:  # a node may have died that Ray still counts on: find out soon how many are left
+        times["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "15"
+    mine = {name: value for name, value in times.items() if name not in os.environ}
+    os.environ.update(mine)
+    try:
+        yield
+    finally:
+        for name in mine:
+            del os.environ[name]

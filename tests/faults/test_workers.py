@@ -224,3 +224,12 @@ def test_a_gradient_that_is_not_finite_ends_the_job_at_once(
     assert len(job.starts) == 1, "a new start would end the same"
     newest = checkpoints.newest(Folder(str(tmp_path / "job" / "runs" / "digits")))
     assert newest and newest[1].position == int(found[1]) > 0, "what was on its way to storage has arrived"
+
+
+def test_a_controller_that_dies_ends_the_job_for_another_try(yard: Yard, start: Callable[..., Job]) -> None:
+    yard.grow(2)
+    job = start("--fit.images=128000000", "--tracking.uri=none")
+    job.wait_for(lambda: job.seen > 0)
+    (controller,) = of_session(os.getsid(0), b"ray::TrainController")
+    os.kill(controller, signal.SIGKILL)
+    assert "run the same command to go on" in job.finish(75)["error"]

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -170,6 +171,28 @@ def test_a_worker_that_is_killed_is_replaced_and_nothing_is_lost(
     for weights in ("model", "ema"):
         a, b = (load_file(root / f"runs/digits/export/{weights}.safetensors") for root in (uninterrupted[0], tmp_path))
         assert all(a[name].equal(b[name]) for name in a), f"{weights} differ"
+
+
+def test_a_flipped_bit_costs_what_was_trained_since_the_checkpoint_before(
+    uninterrupted: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    shutil.copytree(uninterrupted[0], tmp_path, dirs_exist_ok=True)
+    damaged = tmp_path / "runs/digits" / checkpoints.folder_name(3840) / "__0_0.distcp"
+    data = bytearray(damaged.read_bytes())
+    data[1000] ^= 4
+    damaged.write_bytes(data)
+    longer = ["--fit.images=5120", "--evaluate-images=0", "--tracking.uri=none"]
+    process = start(tmp_path, "jobs/train.py", "digits", *SHORT, *longer)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err[-5000:]
+    assert f"passing over a damaged checkpoint: {damaged.as_uri()} has sha256" in err
+    assert "2 workers train from 2560 images on" in err
+    said = json.loads(out.splitlines()[-1])
+    assert (said["trained_images"], said["images"]) == (2560, 5120)
+    newest = checkpoints.newest(Folder(str(tmp_path / "runs/digits")))
+    assert newest and newest[1].position == 5120
+    again = checkpoints.read_verified(Folder(str(damaged.parent)))
+    assert again.position == 3840, "committed anew, in the place of the damaged one"
 
 
 def test_what_workers_are_handed_is_the_plan_across_a_kill_and_other_numbers_of_them(tmp_path: Path) -> None:

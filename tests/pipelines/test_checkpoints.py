@@ -115,6 +115,28 @@ def test_where_the_stream_is_opened_is_where_the_workers_go_on(run: tuple[Folder
     assert checkpoints.chosen(folder / "new") is None
 
 
+def test_a_checkpoint_that_is_written_anew_does_not_look_committed_meanwhile(
+    run: tuple[Folder, State], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, state = run
+    at = Path((folder / checkpoints.folder_name(384)).path())
+    damage(at / "__0_0.distcp")
+    (at / "__1_0.distcp").write_bytes(b"of a run on two workers")
+    seen = []
+
+    def put(self: Folder, name: str, data: bytes) -> None:
+        seen.append((name, sorted(path.name for path in at.iterdir()) if at.exists() else []))
+        real(self, name, data)
+
+    real = Folder.put
+    monkeypatch.setattr(Folder, "put", put)
+    again = checkpoints.commit(folder, state, ABOUT, ALONE)
+    there = {name: names for name, names in seen if name in (*again.files, checkpoints.MANIFEST)}
+    first, *_, last = there
+    assert there[first] == [] and last == checkpoints.MANIFEST and there[last] == sorted(again.files)
+    assert checkpoints.read_verified(folder / at.name) == again
+
+
 def test_nothing_damaged_is_ever_given_to_torch(run: tuple[Folder, State], tiny_fit: FitConfig) -> None:
     at = run[0] / checkpoints.folder_name(384)
     about = checkpoints.read(at)

@@ -1,24 +1,32 @@
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+import torch
 from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
+from ray.train.v2._internal.execution.controller.state import InitializingState, RunningState
 
+from pipelines import foreman
 from pipelines.errors import DataError, TryAgainError
 from pipelines.fit import DivergedError
-from pipelines.foreman import NotAgain, leave
+from pipelines.foreman import Foreman, NotAgain, leave
+from pipelines.stream import StreamOrderError
 from tests.processes import CODE
+
+GONE = RuntimeError("connection closed by peer")
+"""What a rank meets whose peer is no more."""
 
 
 def poll(errors: dict[int, Exception]) -> None:
-    NotAgain().after_exception(None, errors)
+    NotAgain(3, lambda: 0).after_exception(None, errors)
 
 
 @pytest.mark.parametrize("error", [TryAgainError("storage"), DataError("a shard"), DivergedError("positions 0..31")])
 def test_an_error_of_ours_ends_the_job_whoever_has_it(error: Exception) -> None:
     with pytest.raises(type(error)) as alone:
-        poll({0: RuntimeError("connection closed by peer"), 1: error})
+        poll({0: GONE, 1: error})
     assert alone.value is error
     of_a_task = RayTaskError("read", "traceback", error).as_instanceof_cause()
     with pytest.raises(type(error)) as within:
@@ -30,7 +38,53 @@ def test_a_worker_that_dies_or_leaves_is_left_to_ray() -> None:
     with pytest.raises(RayActorError) as left:
         leave()
     assert left.value.preempted, "Ray counts it as a preemption, not as a failure"
-    poll({0: ActorDiedError(), 1: RuntimeError("connection closed by peer"), 2: left.value})
+    poll({0: ActorDiedError(), 1: GONE, 2: left.value})
+
+
+@pytest.mark.parametrize(
+    "error",
+    [StreamOrderError("position 8"), AssertionError("a shape"), ValueError("a value"), torch.OutOfMemoryError("GPU 0")],
+)
+def test_an_error_of_the_code_is_not_met_again(error: Exception) -> None:
+    with pytest.raises(type(error)) as alone:
+        poll({0: GONE, 1: RayTaskError("read", "traceback", error).as_instanceof_cause()})
+    assert alone.value is error
+
+
+def test_workers_that_get_no_further_are_not_started_for_ever() -> None:
+    at = [0]
+    judge = NotAgain(2, lambda: at[0])
+    for position in (0, 0, 1280, 1280, 2560, 2560):  # twice from each
+        at[0] = position
+        judge.after_exception(None, {0: GONE, 1: ActorDiedError()})
+    left = RayActorError(error_msg="left", preempted=True)
+    judge.after_exception(None, {0: left})
+    with pytest.raises(TryAgainError, match="started at 2560 images have failed 3 times in a row"):
+        judge.after_exception(None, {0: GONE, 1: ActorDiedError()})
+
+
+def test_ranks_that_fail_again_and_again_with_no_loss_fail_of_themselves() -> None:
+    judge = NotAgain(1, lambda: 0)
+    judge.after_exception(None, {0: GONE})
+    with pytest.raises(RuntimeError) as last:
+        judge.after_exception(None, {0: GONE})
+    assert last.value is GONE
+
+
+def test_workers_that_wait_for_room_are_spoken_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = threading.Semaphore(0)
+    waiting, running = InitializingState(), RunningState()
+    monkeypatch.setattr(foreman, "WAITING_S", 0.01)
+    one = Foreman(said.release)
+    for _ in range(2):  # at each wait once
+        one.after_controller_state_update(running, waiting)
+        one.after_controller_state_update(waiting, waiting)
+        assert said.acquire(timeout=60)
+        one.after_controller_state_update(waiting, running)
+    monkeypatch.setattr(foreman, "WAITING_S", 0.2)
+    one.after_controller_state_update(running, waiting)
+    one.after_controller_state_update(waiting, running)
+    assert not said.acquire(timeout=1), "they have started"
 
 
 RANK = """
@@ -44,7 +98,7 @@ dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", world_si
 notice = Notice(World(rank, 3))
 for step in range(100):
     if (rank, step) == (1, 5):
-        be_told("a node is taken away", 0)
+        be_told("a node is taken away")
     time.sleep(0.01 * rank)
     if notice():
         break
