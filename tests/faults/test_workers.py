@@ -228,7 +228,7 @@ def test_a_gradient_that_is_not_finite_ends_the_job_at_once(
 
 def test_a_controller_that_dies_ends_the_job_for_another_try(yard: Yard, start: Callable[..., Job]) -> None:
     yard.grow(2)
-    job = start("--fit.images=128000000")
+    job = start("--fit.images=128000000", "--tracking.uri=none")
     job.wait_for(lambda: job.seen > 0)
     (controller,) = of_session(os.getsid(0), b"ray::TrainController")
     os.kill(controller, signal.SIGKILL)
