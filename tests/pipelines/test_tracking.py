@@ -4,10 +4,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipelines.champion import record_score
 from pipelines.config import TrackingConfig
 from pipelines.errors import ConfigurationError
 from pipelines.storage import Folder
-from pipelines.tracking import Tracker, open_tracker, record_score, resolve_uri, without_password
+from pipelines.tracking import Tracker, open_tracker, resolve_uri, without_password
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # MLflow's own dependencies
@@ -58,6 +59,9 @@ def test_one_run_across_restarts(folder: Folder) -> None:
     assert Path(folder.path("mlflow-artifacts")).is_dir()
 
 
+LINEAGE = {"position": 300, "checkpoint_digest": "c", "data_digest": "d", "data_url": "file:///d"}
+
+
 def test_a_score_joins_a_run_that_has_ended(folder: Folder) -> None:
     from mlflow import MlflowClient
 
@@ -65,13 +69,13 @@ def test_a_score_joins_a_run_that_has_ended(folder: Folder) -> None:
     tracker.finish("FINISHED")
     uri = resolve_uri(TrackingConfig(), folder)
     for run_id in (tracker.run_id, tracker.tracker_id):  # of older versions the checkpoints name MLflow's
-        assert record_score(uri, run_id, "frechet_distance", 0.03, 300)
+        assert record_score(uri, run_id, "frechet_distance", 0.03, LINEAGE)
     client = MlflowClient(tracking_uri=uri)
     assert [(m.step, m.value) for m in client.get_metric_history(tracker.tracker_id, "frechet_distance")] == [
         (300, 0.03)
     ]
-    assert not record_score("none", tracker.run_id, "frechet_distance", 0.03, 300)
-    assert not record_score(uri, "no-such-run", "frechet_distance", 0.03, 300)
+    assert not record_score("none", tracker.run_id, "frechet_distance", 0.03, LINEAGE)
+    assert not record_score(uri, "no-such-run", "frechet_distance", 0.03, LINEAGE)
 
 
 def test_without_a_place_for_the_spool_nothing_is_recorded_and_that_is_said(
