@@ -78,12 +78,10 @@ class EMA:
 
         Small while the average follows: it then says little that the weights do not. 0 if all weights are 0.
         """
-        own = [p.detach() for p in model.parameters()]
-        apart, whole = (
-            norm.full_tensor() if isinstance(norm, DTensor) else norm
-            for norm in map(nn.utils.get_total_norm, (torch._foreach_sub(own, list(self.shadow.values())), own))
-        )
-        return float(apart / whole) if whole else 0.0
+        pairs = [(p.detach(), self.shadow[name]) for name, p in model.named_parameters()]
+        apart = _norm([torch.linalg.vector_norm(own - average) for own, average in pairs])  # one difference at a time
+        whole = _norm([torch.linalg.vector_norm(own) for own, _ in pairs])
+        return apart / whole if whole else 0.0
 
     @contextmanager
     def applied_to(self, model: nn.Module, average: Mapping[str, Tensor] | None = None) -> Iterator[None]:
@@ -97,6 +95,12 @@ class EMA:
             yield
         finally:
             _fill(model, own)
+
+
+def _norm(norms: Sequence[Tensor]) -> float:
+    """Return the norm of vectors laid end to end, of their norms."""
+    norm = torch.linalg.vector_norm(torch.stack(list(norms)))
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def gamma_of(std: float) -> float:

@@ -28,6 +28,10 @@ log = logging.getLogger("brickyard.tracking")
 class Recipient(Protocol):
     """A tracker."""
 
+    @property
+    def uploading(self) -> bool:
+        """Whether it takes something large right now."""
+
     def take(self, entries: Sequence[Entry]) -> None:
         """Record entries: one, or several metrics. To take the same once more changes nothing.
 
@@ -71,7 +75,7 @@ class Delivery:
         """Wait until all is delivered, but not when nothing was for a while. Return whether all is.
 
         Args:
-            patience_s: for how long nothing may be delivered.
+            patience_s: for how long nothing may be delivered, unless something large is on its way.
             longest_s: for how long to wait in all.
         """
         began = time.monotonic()
@@ -79,7 +83,8 @@ class Delivery:
         self._spool.filled.set()
         while self._thread.is_alive():
             now = time.monotonic()
-            if now - max(began, self._progress) > patience_s or now - began > longest_s:
+            stands_still = now - max(began, self._progress) > patience_s and not self._recipient.uploading
+            if stands_still or now - began > longest_s:
                 break
             self._thread.join(timeout=0.05)
         self._left.set()

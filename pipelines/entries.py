@@ -79,6 +79,8 @@ class Model:
     """Its URL."""
     folder: str
     files: list[str]
+    size_bytes: int
+    """Of these files."""
     position: int
     at_ms: int
     metrics: dict[str, float]

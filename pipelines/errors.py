@@ -58,7 +58,7 @@ def ours(error: BaseException | None) -> BrickyardError | None:
 
 def _of_ray(error: BaseException) -> BaseException | None:
     """Return what Ray has put a frame around, if this is such a frame, which may have the type of what is in it."""
-    cause = getattr(error, "cause", None)
+    cause = getattr(error, "cause", None) or getattr(error, "health_check_failure", None)
     return cause if isinstance(cause, BaseException) else None
 
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from ray.exceptions import RayActorError, RayError
 from ray.train import UserCallback
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.exceptions import RayTrainError
+from ray.train.v2._internal.exceptions import RayTrainError, WorkerGroupStartupFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.controller.state import PreemptingState, RunningState
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
@@ -31,7 +31,7 @@ from pipelines.world import World
 OUTSIDE = RayError, RayTrainError, OSError
 """What befalls a worker from outside: its process, its node, the network."""
 WAITING_S = 60.0
-"""After which it is said that there is no room for the workers."""
+"""After which it is said that the workers have not started."""
 # In a worker's process: it is told on the actor's own thread, the loop runs on another.
 _told = threading.Event()
 _why = ""
@@ -122,10 +122,17 @@ class NotAgain(UserCallback):  # type: ignore[misc]
 
 
 class Foreman(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
-    """Passes on notices to the workers, and says so if they have to wait for room."""
+    """Passes on notices to the workers, and sees to it that they start: it says so if they take long, and ends the job
+    if they die again and again before their work begins, which Ray Train would go on with for ever."""
 
-    def __init__(self, wait_in_vain: Callable[[], None]) -> None:
-        """Make one; ``wait_in_vain`` is called when no workers have started for WAITING_S, at each wait."""
+    def __init__(self, max_failures: int, wait_in_vain: Callable[[], None]) -> None:
+        """Make one.
+
+        Args:
+            max_failures: how often in a row workers may die while they start.
+            wait_in_vain: is called when no workers have started for WAITING_S, at each wait.
+        """
+        self._max_failures, self._failures = max_failures, 0
         self._wait_in_vain = wait_in_vain
         self._timer: threading.Timer | None = None
 
@@ -135,6 +142,17 @@ class Foreman(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         if isinstance(current_state, PreemptingState) and not isinstance(previous_state, PreemptingState):
             self._workers.execute_async(be_told, "a node is taken away")
+        if isinstance(current_state, RunningState):
+            self._failures = 0
+        failed = getattr(current_state, "training_failed_error", None)
+        behind = getattr(failed, "controller_failure", None)
+        if isinstance(behind, WorkerGroupStartupFailedError) and current_state is not previous_state:
+            self._failures += 1
+            if self._failures > self._max_failures:
+                raise TryAgainError(
+                    f"workers have died {self._failures} times in a row while they started: {behind}; run the same "
+                    "command to go on"
+                )
         waits = not isinstance(current_state, RunningState | PreemptingState) and not current_state.is_terminal()
         if waits and self._timer is None:
             self._timer = threading.Timer(WAITING_S, self._wait_in_vain)

@@ -53,7 +53,11 @@ def brought(home: Folder, key: str = "") -> Iterator[Spool]:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / name
                 path.write_bytes((home / FOLDER).get(name))
-                spool = Spool(path, None)
+                try:
+                    spool = Spool(path, None)
+                except Exception as error:  # damaged, or of another version: the others are none the worse
+                    log.warning("%s/%s/%s cannot be delivered: %s", home.url, FOLDER, name, error)
+                    continue
                 yield spool
                 if spool.entries() == 0:
                     (home / FOLDER / name).delete()

@@ -7,6 +7,7 @@ several writers one makes, says which run all of them take.
 import json
 import os
 from typing import NamedTuple
+from urllib.parse import unquote, urlsplit
 
 from mlflow import MlflowClient
 from mlflow.entities import Experiment, LifecycleStage, Run, ViewType
@@ -28,9 +29,16 @@ whose server is away, may answer 400 and 404 too, but not in these words."""
 
 
 def client(uri: str) -> MlflowClient:
-    """Return a client of a tracker. What is kept has no password; the environment may have the address with one."""
+    """Return a client of a tracker. What is kept has no password; where the environment has the address with one, that
+    goes to where MLflow looks for it too, and not into its messages, as an address would."""
     given = os.environ.get("MLFLOW_TRACKING_URI", "")
-    return MlflowClient(tracking_uri=given if without_password(given) == uri else uri)
+    if without_password(given) == uri != given:
+        parts = urlsplit(given)
+        if not given.startswith("http"):
+            return MlflowClient(tracking_uri=given)  # a database, whose driver takes it from here alone
+        os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username or "")
+        os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password or "")
+    return MlflowClient(tracking_uri=uri)
 
 
 def is_refusal(error: Exception) -> bool:
@@ -154,9 +162,9 @@ class Finder:
         return run if chosen in ("", run.info.run_id) else self.find(chosen) or run
 
 
-def with_tag(tracker: MlflowClient, experiments: list[str], run_id: str) -> list[Run]:
+def with_tag(tracker: MlflowClient, experiments: list[str], run_id: str, tag: str = TAG) -> list[Run]:
     """Return the runs that have an id of ours, the first one first; deleted ones are left out."""
-    words = f"tags.`{TAG}` = '{run_id}'"
+    words = f"tags.`{tag}` = '{run_id}'"
     return list(tracker.search_runs(experiments, words, ViewType.ACTIVE_ONLY, order_by=["attributes.start_time ASC"]))
 
 

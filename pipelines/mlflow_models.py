@@ -5,8 +5,13 @@ digest of its checkpoint, so to tell MLflow of it twice changes nothing.
 """
 
 import json
+import logging
 import math
+import os
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +33,11 @@ from mlflow.utils.time import get_current_time_millis
 from pipelines.entries import DataSet, Model
 from pipelines.storage import Folder
 
+TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+BYTES_PER_S = 1e6
+"""What is waited for at least."""
+ABOUT = "config.json"
+"""Of a model: what it is."""
 DIGEST = "brickyard.checkpoint_digest"
 MODEL = "brickyard.model"
 """MLflow's id of the logged model that a version is."""
@@ -37,6 +47,12 @@ MEASURED_ON = ("reference_digest", "features", "samples_n", "seeds", "draw")
 """What two scores must have in common to be compared."""
 NOT_THERE = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}
 """What MLflow says of a registered model, or of an alias, that there is not."""
+
+
+uploading = threading.Event()
+"""Set while the files of a model are on their way."""
+
+log = logging.getLogger("brickyard.tracking")
 
 
 class Verdict(NamedTuple):
@@ -59,9 +75,13 @@ def record_data_set(client: MlflowClient, run: Run, data: DataSet) -> None:
     client.log_inputs(run.info.run_id, [DatasetInput(described, tags)])
 
 
-def record_model(client: MlflowClient, run: Run, model: Model) -> str:
-    """Record a model with its measurements, and register it if it is to be; return MLflow's id of it."""
+def record_model(client: MlflowClient, run: Run, model: Model) -> None:
+    """Record a model with its measurements, and register it if it is to be; not if its folder has others by now."""
     folder = Folder(model.folder)
+    if (other := json.loads(folder.get(ABOUT)).get("checkpoint_digest")) != model.digest:
+        log.warning("%s holds another checkpoint by now (%s): that of %d images is not on record as a model",
+                    folder.url, other, model.position)  # fmt: skip
+        return
     found = find_model(client, run, model.digest) or client.create_logged_model(
         run.info.experiment_id,
         name=model.name,
@@ -74,14 +94,14 @@ def record_model(client: MlflowClient, run: Run, model: Model) -> str:
         with tempfile.TemporaryDirectory() as temporary:
             for name in model.files:
                 (Path(temporary) / name).write_bytes(folder.get(name))
-            client.log_model_artifacts(found.model_id, temporary)
+            with _patience(sum(path.stat().st_size for path in Path(temporary).iterdir())):
+                client.log_model_artifacts(found.model_id, temporary)
         client.finalize_logged_model(found.model_id, LoggedModelStatus.READY)
         client.log_outputs(run.info.run_id, [LoggedModelOutput(found.model_id, model.position)])
     record_metrics(client, run, found, model.metrics, model.position, model.at_ms, model.data_name, model.data_digest)
     if model.register:
         version = _version_of(client, run, found, model.register)
         client.set_registered_model_alias(model.register, CANDIDATE, version.version)
-    return str(found.model_id)
 
 
 def record_metrics(
@@ -94,13 +114,17 @@ def record_metrics(
     data_name: str,
     data_digest: str,
 ) -> None:
-    """Record measurements of a model on a data set; those that it has are left."""
+    """Record measurements of a model on a data set; those that it has are left.
+
+    MLflow records them of the run too, so they take the time of what the run has: then they are one and the same.
+    """
     known = {(metric.key, metric.step) for metric in model.metrics or []}
-    new = [
-        Metric(key, value, at_ms, position, model.model_id, data_name, data_digest[:36])
-        for key, value in values.items()
-        if (key, position) not in known
-    ]
+    new = []
+    for key, value in values.items():
+        if (key, position) not in known:
+            same = [one for one in client.get_metric_history(run.info.run_id, key) if one.step == position]
+            one = same[0] if same else Metric(key, value, at_ms, position)
+            new.append(Metric(key, one.value, one.timestamp, position, model.model_id, data_name, data_digest[:36]))
     if new:
         client.log_batch(run.info.run_id, metrics=new)
 
@@ -115,6 +139,21 @@ def record_score(client: MlflowClient, run: Run, metric: str, value: float, line
         data = lineage["data_digest"]
         name = Folder(lineage["data_url"]).name
         record_metrics(client, run, model, {metric: value}, position, get_current_time_millis(), name, data)
+
+
+@contextmanager
+def _patience(size_bytes: int) -> Iterator[None]:
+    """Within this context a request may take as long as so many bytes need: the answer comes when they are stored."""
+    before = os.environ.get(TIMEOUT)
+    os.environ[TIMEOUT] = str(int(int(before or 5) + size_bytes / BYTES_PER_S))
+    uploading.set()
+    try:
+        yield
+    finally:
+        uploading.clear()
+        os.environ.pop(TIMEOUT)
+        if before is not None:
+            os.environ[TIMEOUT] = before
 
 
 def find_model(client: MlflowClient, run: Run, digest: str) -> LoggedModel | None:
@@ -139,7 +178,7 @@ def promote(client: MlflowClient, run: Run, name: str, result: dict[str, Any], m
         return Verdict(False, f"MLflow has no model of {result['lineage']['checkpoint']}: score the newest checkpoint")
     terms = {key: json.dumps(_terms(result)[key]) for key in MEASURED_ON}
     champion = _champion(client, name)
-    if champion is not None and not _is(champion, model):
+    if champion is not None and (not _is(champion, model) or "brickyard.score" in champion.tags):
         theirs = {key: champion.tags.get(f"brickyard.{key}", "nothing") for key in MEASURED_ON}
         differing = [f"{key} {theirs[key]}, not {terms[key]}" for key in MEASURED_ON if theirs[key] != terms[key]]
         if differing:
@@ -148,6 +187,8 @@ def promote(client: MlflowClient, run: Run, name: str, result: dict[str, Any], m
                 f"version {champion.version}, the {CHAMPION}, was scored on {'; '.join(differing)}: score both alike",
             )
         best = float(champion.tags["brickyard.score"])
+        if _is(champion, model):
+            return Verdict(True, f"version {champion.version} is the {CHAMPION} already, {metric} {best:.6g}")
         if not score < best:
             return Verdict(
                 False, f"{metric} is {score:.6g}; version {champion.version}, the {CHAMPION}, has {best:.6g}"

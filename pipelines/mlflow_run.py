@@ -1,5 +1,5 @@
 """What a run holds, told to MLflow. Each thing may be told twice, since an answer can be lost after the deed: then
-nothing changes. With :mod:`pipelines.mlflow_find`, the only file that imports MLflow.
+nothing changes. With :mod:`pipelines.mlflow_find` and :mod:`pipelines.mlflow_models`, all that imports MLflow.
 """
 
 import io
@@ -18,6 +18,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 from PIL import Image
 
+from pipelines import mlflow_models
 from pipelines.entries import Begin, DataSet, End, Entry, File, Metrics, Model, Parameters, Picture, Tags, Target
 from pipelines.mlflow_find import TAG, Finder, client, is_active, is_broken_off, is_refusal, with_tag
 from pipelines.mlflow_models import record_data_set, record_model
@@ -27,7 +28,7 @@ from pipelines.storage import Folder
 BEGAN, DROPPED = "brickyard.began_ms", "brickyard.records_dropped"
 IMAGES_TAG = "mlflow.loggedImages"
 """By this the UI knows that there are pictures."""
-PARENT = "mlflow.parentRunId"
+PARENT, CHILD_OF = "mlflow.parentRunId", "brickyard.parent"
 THUMBNAIL = 256
 """Pixels along the long side of the picture that the UI shows in a grid."""
 FEW = 100
@@ -60,6 +61,11 @@ class MLflowRun:
         """Positions of each metric, as far as they were looked up."""
         self._is_new = False
         self._said: set[str] = set()
+
+    @property
+    def uploading(self) -> bool:
+        """Whether a model is on its way."""
+        return mlflow_models.uploading.is_set()
 
     @property
     def url(self) -> str:
@@ -223,10 +229,15 @@ class MLflowRun:
         self._finder.remove_doubles(run)
 
     def _adopt(self, run: Run) -> None:
-        """Put the run below its parent, as soon as that is on record."""
+        """Put the run below its parent, and its children below it: whichever is on record first."""
+        here = [run.info.experiment_id]
         if self._target.parent and PARENT not in run.data.tags:
-            for parent in with_tag(self._client, [run.info.experiment_id], self._target.parent)[:1]:
+            self._tag({CHILD_OF: self._target.parent})
+            for parent in with_tag(self._client, here, self._target.parent)[:1]:
                 self._tag({PARENT: parent.info.run_id})
+        for child in with_tag(self._client, here, self._target.run_id, CHILD_OF):
+            if PARENT not in child.data.tags:
+                self._client.set_tag(child.info.run_id, PARENT, run.info.run_id)
 
     def _look(self) -> Run:
         """Return the run as it is now; it is found anew if it is gone."""

@@ -137,7 +137,10 @@ class Record:
                 continue
             except ray.exceptions.RayError:
                 return
-            self._take(message)
+            try:
+                self._take(message)
+            except Exception:  # one message is worth a word, not the record
+                log.exception("a message of the workers is not on record: %s", type(message).__name__)
 
     def _take(self, message: Message) -> None:
         match message:

@@ -80,14 +80,16 @@ def record_results(
     if curve:
         tracker.file("loss-over-t.png", loss_figure(curve))
     if job.tracking.log_model:
-        checkpoint = trained.checkpoint
+        checkpoint, folder = trained.checkpoint, job.run / "export"
+        sizes = {stored.name: stored.size_bytes for stored in folder.find()}
         tracker.append(
             Model(
                 name=job.name,
                 digest=checkpoint.digest,
                 checkpoint=trained.folder.url,
-                folder=(job.run / "export").url,
+                folder=folder.url,
                 files=[AVERAGE, ABOUT],
+                size_bytes=sizes[AVERAGE] + sizes[ABOUT],
                 position=checkpoint.position,
                 at_ms=now_ms(),
                 metrics=measured,

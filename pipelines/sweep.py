@@ -62,10 +62,10 @@ class _Children:
 
     def run(self, apart: str, child: TrainJob) -> Outcome:
         """Run a child to its end, in a thread. Its log goes to ``<its name>.log`` in the sweep's folder."""
-        child = replace(child, tracking=replace(child.tracking, parent=self._parent))
+        asked = replace(child, tracking=replace(child.tracking, parent=self._parent))
         with tempfile.TemporaryDirectory() as folder:
             config, log_file = Path(folder) / "config.yaml", Path(folder) / "log"
-            config.write_text(to_yaml(child))
+            config.write_text(to_yaml(asked))
             with log_file.open("w") as stderr, self._lock:
                 if self._ending:
                     return Outcome(130, {})
@@ -78,9 +78,13 @@ class _Children:
             out, _ = process.communicate()
             with self._lock:
                 self._running.discard(process)
-            self._job.folder.put(f"{child.name}.log", log_file.read_bytes())
-        lines = out.splitlines()
-        return Outcome(process.returncode, json.loads(lines[-1]) if lines else {})
+            outcome = Outcome(process.returncode, _last_line(out))
+            try:
+                _keep(self._job, apart, child, outcome)
+                self._job.folder.put(f"{child.name}.log", log_file.read_bytes())
+            except BrickyardError as error:  # the others are none the worse
+                log.warning("%s: what it said is not kept: %s", apart, error)
+        return outcome
 
     def end(self) -> None:
         """Have the children that run leave, as by Ctrl-C; they can be gone on with."""
@@ -164,7 +168,6 @@ def _run(job: SweepJob, children: dict[str, TrainJob], parent: str) -> dict[str,
                 for future in wait(waiting, return_when=FIRST_COMPLETED).done:
                     apart = waiting.pop(future)
                     outcomes[apart] = outcome = future.result()
-                    _keep(job, apart, children[apart], outcome)
                     said = outcome.said.get(METRIC, outcome.said.get("loss", outcome.said.get("error", "")))
                     log.info("%d of %d: %s: exit %d, %s", len(outcomes), len(children), apart, outcome.code, said)
         finally:
@@ -174,6 +177,13 @@ def _run(job: SweepJob, children: dict[str, TrainJob], parent: str) -> dict[str,
             if before is not None:
                 os.environ["RAY_ADDRESS"] = before
     return outcomes
+
+
+def _last_line(out: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(out.splitlines()[-1]))
+    except (IndexError, ValueError, TypeError):  # it was killed while it spoke, or before
+        return {}
 
 
 def _keep(job: SweepJob, apart: str, child: TrainJob, outcome: Outcome) -> None:

@@ -91,9 +91,15 @@ class SweepJob:
         """Return how many children train at once on a cluster with these resources, at least one."""
         if self.side_by_side:
             return self.side_by_side
-        scaling, draw = self.train.scaling, self.train.draw
-        drawing = draw.actors if self.train.evaluate_images else 0
-        cpus = max(scaling.workers * scaling.cpus_per_worker + 1, 0 if draw.use_gpu else drawing)  # one reads
-        gpus = max(scaling.workers * scaling.use_gpu + scaling.validate_on_gpu, drawing * draw.use_gpu)
+        cpus, gpus = (max(of_one) for of_one in zip(*map(_needs, self.children.values()), strict=True))
         rooms = [resources.get("CPU", 0) / cpus] + ([resources.get("GPU", 0) / gpus] if gpus else [])
         return max(1, int(min(rooms)))
+
+
+def _needs(child: TrainJob) -> tuple[float, float]:
+    """The CPUs and the GPUs that a child cannot do without."""
+    scaling, draw = child.scaling, child.draw
+    drawing = draw.actors if child.evaluate_images else 0
+    cpus = max(scaling.workers * scaling.cpus_per_worker + 1, 0 if draw.use_gpu else drawing)  # one reads
+    gpus = max(scaling.workers * scaling.use_gpu + scaling.validate_on_gpu, drawing * draw.use_gpu)
+    return cpus, gpus

@@ -3,8 +3,7 @@
 Nobody waits for a tracker: not a worker, since the driver alone records, and not the driver, since a record is written
 to a local file (:mod:`pipelines.spool`) that a thread empties (:mod:`pipelines.delivery`). A server that is away costs
 nothing but its users' patience: what it did not take is delivered when it is back, by this process, by the next start
-of the run, or by ``jobs/replay.py``. :mod:`pipelines.mlflow_run` and
-:mod:`pipelines.mlflow_find` have what MLflow must be told.
+of the run, or by ``jobs/replay.py``. :mod:`pipelines.mlflow_run` has what MLflow must be told.
 """
 
 import logging
@@ -196,16 +195,11 @@ def be_brief() -> None:
 
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # of each request that it sends again
 
 
 class SpooledTracker(Tracker):
-    """A run that is recorded in a spool, which is delivered behind its back.
-
-    Args:
-        spool: where.
-        recipient: to whom.
-        home: the folder of the run.
-    """
+    """A run that is recorded in a spool, which is delivered to its recipient behind its back."""
 
     def __init__(self, spool: Spool, recipient: "MLflowRun", home: Folder) -> None:
         self.run_id = spool.target.run_id
@@ -213,6 +207,7 @@ class SpooledTracker(Tracker):
         self._began_ms = now_ms()
         self._said: set[str] = set()
         self._delivered = False
+        self._models: list[Model] = []
         self.append(Begin(self._began_ms))
         self._delivery = Delivery(spool, recipient, lambda: leftovers.brought(home, spool.target.key))
 
@@ -255,6 +250,12 @@ class SpooledTracker(Tracker):
 
     def append(self, entry: Entry) -> None:
         """Put an entry into the spool; one that does not fit is counted and said, once."""
+        if isinstance(entry, Model):
+            self._models.append(entry)  # to come last: it may take long, and the end of the run does not wait for it
+        else:
+            self._append(entry)
+
+    def _append(self, entry: Entry) -> None:
         try:
             if not self._spool.append(entry):
                 self._say(
@@ -271,7 +272,10 @@ class SpooledTracker(Tracker):
         except sqlite3.Error:
             dropped, size = 0, 0
         self.append(End(status, now_ms(), self._began_ms, dropped))
+        for model in self._models:
+            self._append(model)
         patience_s = FILE_PATIENCE_S if self._spool.target.uri.startswith("sqlite:") else SERVER_PATIENCE_S
+        size += sum(model.size_bytes for model in self._models)
         self._delivered = self._delivery.finish(patience_s, patience_s + size / BYTES_PER_S)
         if self._delivered:
             if self._delivery.ended:

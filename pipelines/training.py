@@ -93,7 +93,8 @@ def _train_on(job: TrainJob, data: Folder, manifest: Manifest) -> dict[str, Any]
     )
     try:
         tracker.file("config.yaml", to_yaml(job).encode())
-        tracker.file("schedule.png", schedule_figure(job.schedule.tables()))
+        if tracker.run_id:
+            tracker.file("schedule.png", schedule_figure(job.schedule.tables()))
         tracker.file("environment.txt", installed().encode())
         profile = {"rows": manifest.rows, "labels": dict(zip(manifest.labels, manifest.label_counts, strict=True))}
         tracker.append(DataSet(data.name, manifest.digest, data.url, profile))

@@ -1,10 +1,13 @@
 """What a node is used for, by one process that looks at it now and then."""
 
+import logging
 import socket
 import time
 
 import psutil
 import torch
+
+log = logging.getLogger("brickyard.train")
 
 
 class Usage:
@@ -20,7 +23,14 @@ class Usage:
         self._seen, self._at = _network(), time.monotonic()
 
     def look(self) -> dict[str, float]:
-        """Return the usage by name, as MLflow's UI groups it: ``system/<node>/…``."""
+        """Return the usage by name, as MLflow's UI groups it: ``system/<node>/…``; nothing if it cannot be had."""
+        try:
+            return self._look()
+        except Exception as error:  # no reason to stop
+            log.warning("what %s is used for cannot be said: %s", self.node, error)
+            return {}
+
+    def _look(self) -> dict[str, float]:
         seen, now = _network(), time.monotonic()
         seconds = max(now - self._at, 1e-3)
         memory = psutil.virtual_memory()
@@ -32,9 +42,9 @@ class Usage:
             "network_sent_mb_per_s": (seen[1] - self._seen[1]) / 1e6 / seconds,
         }
         for gpu in range(self._gpus):
-            free, total = torch.cuda.mem_get_info(gpu)
+            # Of the driver's own library: to ask CUDA itself would take memory of every GPU of the node.
             found[f"gpu_{gpu}_percent"] = float(torch.cuda.utilization(gpu))
-            found[f"gpu_{gpu}_memory_percent"] = 100 * (1 - free / total)
+            found[f"gpu_{gpu}_memory_gb"] = torch.cuda.device_memory_used(gpu) / 1e9
         self._seen, self._at = seen, now
         return {f"system/{self.node}/{name}": value for name, value in found.items()}
 
@@ -49,6 +59,6 @@ def _driver_answers() -> bool:
     """Whether GPUs say how busy they are: it takes the bindings of NVIDIA's library, which not every node has."""
     try:
         torch.cuda.utilization()
-    except (ModuleNotFoundError, RuntimeError, AssertionError):
+    except Exception:  # no GPU, no bindings, or one that does not say: a part of a GPU, such as MIG's
         return False
     return True

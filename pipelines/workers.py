@@ -69,9 +69,10 @@ def run_workers(
 def _run_ray_train(job: TrainJob, task: TrainTask) -> None:
     scaling = job.scaling
     resources = {"CPU": scaling.cpus_per_worker} | ({"GPU": 1.0} if scaling.use_gpu else {})
-    no_room = (
-        f"there has been no room for the workers for {WAITING_S:.0f} s: {scaling.min_workers or scaling.workers} with "
-        f"{resources} each; `ray status` says what the cluster has"
+    least = scaling.min_workers or scaling.workers
+    not_started = (
+        f"the workers have not started for {WAITING_S:.0f} s. If there is no room for {least} with {resources} each, "
+        "`ray status` says so; to verify a large checkpoint takes its time, too"
     )
     # What Ray Train keeps of its own is empty, since nothing is reported to it, and its controller runs on this node.
     # So it lies here, out of reach of what befalls the run's storage, and each start has a folder of its own.
@@ -90,7 +91,7 @@ def _run_ray_train(job: TrainJob, task: TrainTask) -> None:
             failure_config=FailureConfig(max_failures=-1),  # NotAgain counts
             logging_config=LoggingConfig(log_level="ERROR"),
             callbacks=[
-                Foreman(functools.partial(task.warn, no_room)),
+                Foreman(scaling.max_failures, functools.partial(task.warn, not_started)),
                 NotAgain(scaling.max_failures, functools.partial(checkpoints.chosen_position, job.run)),
             ],
         ),

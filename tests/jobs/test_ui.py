@@ -50,7 +50,7 @@ def record(folder: Folder, uri: str, name: str, learning_rate: str, loss: float,
     """Record a run that has learned to a loss; return MLflow's id of it."""
     home, run_id = folder / "runs" / name, uuid.uuid4().hex
     home.put(RUN, json.dumps({"id": run_id}).encode())
-    (home / "export").put("config.json", b"{}")
+    (home / "export").put("config.json", json.dumps({"checkpoint_digest": run_id}).encode())
     config = TrackingConfig(uri=uri, experiment="pages")
     tracker = open_tracker(config, folder, home, name, run_id, {"fit.learning_rate": learning_rate}, {"a": "tag"})
     tracker.append(DataSet("digits", "d" * 64, "s3://bucket/digits", {"rows": 1797}))
@@ -68,6 +68,7 @@ def record(folder: Folder, uri: str, name: str, learning_rate: str, loss: float,
             at_ms=now_ms(),
             metrics={"frechet_distance": loss / 2},
             data_name="digits",
+            size_bytes=2,
             data_digest="d" * 64,
             register=register,
         )

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
-from ray.train.v2._internal.execution.controller.state import InitializingState, RunningState
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerHealthCheckFailedError
+from ray.train.v2._internal.execution.controller.state import InitializingState, ReschedulingState, RunningState
+from ray.train.v2.api.exceptions import ControllerError
 
 from pipelines import foreman
 from pipelines.errors import DataError, TryAgainError
@@ -75,16 +77,37 @@ def test_workers_that_wait_for_room_are_spoken_of(monkeypatch: pytest.MonkeyPatc
     said = threading.Semaphore(0)
     waiting, running = InitializingState(), RunningState()
     monkeypatch.setattr(foreman, "WAITING_S", 0.01)
-    one = Foreman(said.release)
+    one = Foreman(3, said.release)
     for _ in range(2):  # at each wait once
         one.after_controller_state_update(running, waiting)
         one.after_controller_state_update(waiting, waiting)
         assert said.acquire(timeout=60)
         one.after_controller_state_update(waiting, running)
-    monkeypatch.setattr(foreman, "WAITING_S", 0.2)
     one.after_controller_state_update(running, waiting)
+    waits = one._timer
     one.after_controller_state_update(waiting, running)
-    assert not said.acquire(timeout=1), "they have started"
+    assert waits is not None and waits.finished.is_set() and one._timer is None, "they have started"
+
+
+def test_workers_that_die_while_they_start_are_not_started_for_ever() -> None:
+    one = Foreman(1, lambda: None)
+    again = [ReschedulingState(ControllerError(WorkerGroupStartupFailedError("killed"))) for _ in range(3)]
+    one.after_controller_state_update(InitializingState(), again[0])
+    one.after_controller_state_update(again[0], again[0])  # it waits
+    one.after_controller_state_update(again[0], RunningState())
+    one.after_controller_state_update(RunningState(), again[1])
+    with pytest.raises(TryAgainError, match="died 2 times in a row while they started: killed"):
+        one.after_controller_state_update(again[1], again[2])
+    one.after_controller_state_update(again[2], RunningState())
+
+
+def test_a_worker_whose_node_was_taken_away_is_no_failure() -> None:
+    gone = WorkerHealthCheckFailedError("no answer", RayActorError(error_msg="taken away", preempted=True))
+    judge = NotAgain(0, lambda: 0)
+    for _ in range(3):
+        judge.after_exception(None, {0: GONE, 1: gone})
+    with pytest.raises(TryAgainError, match="failed 1 times in a row"):
+        judge.after_exception(None, {1: WorkerHealthCheckFailedError("no answer", ActorDiedError())})
 
 
 RANK = """

@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 DATA = "d" * 64
-FILES = {"ema.safetensors": b"weights", "config.json": b"{}"}
+FILES = ("ema.safetensors", "config.json")
 
 
 class Run:
@@ -32,7 +32,11 @@ class Run:
         self.digest = uuid.uuid4().hex
         self.home.put(RUN, json.dumps({"id": self.id}).encode())
         self._root, self._name, self._parent = folder, name, parent
-        for file, data in FILES.items():
+        self.files = {
+            "ema.safetensors": b"weights",
+            "config.json": json.dumps({"checkpoint_digest": self.digest}).encode(),
+        }
+        for file, data in self.files.items():
             (self.home / "export").put(file, data)
 
     def start(self) -> Tracker:
@@ -42,13 +46,14 @@ class Run:
     def model(self, register: str = "", **metrics: float) -> Model:
         return Model(
             name=self._name, digest=self.digest, checkpoint=f"{self.home.url}/checkpoint-300",
-            folder=(self.home / "export").url, files=list(FILES), position=300, at_ms=now_ms(), metrics=metrics,
-            data_name="digits", data_digest=DATA, register=register,
+            folder=(self.home / "export").url, files=list(FILES), size_bytes=9, position=300, at_ms=now_ms(),
+            metrics=metrics, data_name="digits", data_digest=DATA, register=register,
         )  # fmt: skip
 
-    def finish(self, *entries: Any) -> str:
+    def finish(self, *entries: Any, metrics: dict[str, float] | None = None) -> str:
         """Record a start from its beginning to its end; return MLflow's id of the run."""
         tracker = self.start()
+        tracker.metrics(metrics or {}, 300)
         for entry in entries:
             tracker.append(entry)
         tracker.finish("FINISHED")
@@ -81,7 +86,7 @@ def test_a_run_names_its_data_and_keeps_its_model_once(folder: Folder, mlflow_se
     run = Run(folder, mlflow_server)
     data = DataSet("digits", DATA, "s3://bucket/digits", {"rows": 1797})
     for _ in range(2):  # as a second start says it again
-        mlflow_id = run.finish(data, run.model(loss=0.5))
+        mlflow_id = run.finish(data, run.model(loss=0.5), metrics={"loss": 0.5})
     mlflow_run = client.get_run(mlflow_id)
     (one,) = mlflow_run.inputs.dataset_inputs
     assert (one.dataset.name, one.dataset.digest, one.dataset.source_type) == ("digits", DATA[:36], "s3")
@@ -95,9 +100,11 @@ def test_a_run_names_its_data_and_keeps_its_model_once(folder: Folder, mlflow_se
 
     mlflow.set_tracking_uri(mlflow_server)
     there = mlflow.artifacts.download_artifacts(f"models:/{model.model_id}", dst_path=folder.path("downloaded"))
-    assert {name: open(os.path.join(there, name), "rb").read() for name in FILES} == FILES  # noqa: PTH118, PTH123, SIM115
+    assert {name: open(os.path.join(there, name), "rb").read() for name in FILES} == run.files  # noqa: PTH118, PTH123, SIM115
 
+    assert len(client.get_metric_history(mlflow_id, "loss")) == 1, "that of the run is that of the model"
     record_score(mlflow_server, run.id, "frechet_distance", 0.04, run.score(0.04)["lineage"])
+    assert len(client.get_metric_history(mlflow_id, "frechet_distance")) == 1
     record_score(mlflow_server, run.id, "frechet_distance", 0.04, run.score(0.04)["lineage"])
     (model,) = client.search_logged_models([mlflow_run.info.experiment_id], f"source_run_id = '{mlflow_id}'")
     assert sorted((m.key, m.value) for m in model.metrics) == [("frechet_distance", 0.04), ("loss", 0.5)]
@@ -131,8 +138,22 @@ def test_the_champion_is_the_best_of_those_that_were_scored_alike(
     promoted, why = second.promote(name, 0.04)
     assert promoted and "is 0.04; version 1, the champion until now, has 0.05" in why and champion() == "2"
     assert second.promote(name, 0.04)[0] and champion() == "2", "as often as one likes"
+    assert not second.promote(name, 0.01, samples_n=20)[0], "the champion's own terms stay"
     tags = client.get_model_version(name, "2").tags
     assert float(tags["brickyard.score"]) == 0.04 and tags["brickyard.samples_n"] == "10"
+
+
+def test_a_model_is_not_recorded_of_an_export_that_is_another_by_now(
+    folder: Folder, mlflow_server: str, client: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(folder, mlflow_server)
+    model = run.model()
+    (run.home / "export").put("config.json", b'{"checkpoint_digest": "of a later start"}')
+    mlflow_id = run.finish(model)
+    assert client.get_run(mlflow_id).info.status == "FINISHED"
+    assert "holds another checkpoint by now (of a later start)" in caplog.text
+    experiment = client.get_run(mlflow_id).info.experiment_id
+    assert not client.search_logged_models([experiment], f"source_run_id = '{mlflow_id}'")
 
 
 def test_what_cannot_be_promoted(folder: Folder, mlflow_server: str) -> None:
@@ -151,8 +172,8 @@ def test_a_child_lies_below_its_parent_whichever_is_on_record_first(
 ) -> None:
     parent = Run(folder, mlflow_server, "parent")
     child = Run(folder, mlflow_server, "child", parent=parent.id)
-    below = child.start()
+    first = child.finish()  # the whole child, before anything of the parent
     above = parent.finish()
-    below.finish("FINISHED")
-    mlflow_id = child.finish()
-    assert client.get_run(mlflow_id).data.tags["mlflow.parentRunId"] == above
+    second = Run(folder, mlflow_server, "second", parent=parent.id)
+    for mlflow_id in (first, second.finish()):
+        assert client.get_run(mlflow_id).data.tags["mlflow.parentRunId"] == above

@@ -212,7 +212,7 @@ def test_a_bad_value_loses_itself(yard: Yard, caplog: pytest.LogCaptureFixture) 
     tracker.metrics({"loss": 3.0}, 30)
     tracker.finish("FINISHED")
     yard.home.create("run.json", b'{"id": "x"}')
-    assert yard.replay(60) >= 0  # of 10,000 parameters some may be left
+    yard.replay(60)  # of 10,000 parameters some may be left
     run = yard.run()
     assert run.info.status == "FINISHED"
     assert run.data.params == {"seed": "3", "long": "x" * 6000} | {key: str(value) for key, value in many.items()}
