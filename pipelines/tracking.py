@@ -21,18 +21,7 @@ import numpy as np
 from pipelines import leftovers
 from pipelines.config import TrackingConfig
 from pipelines.delivery import Delivery
-from pipelines.entries import (
-    Begin,
-    End,
-    Entry,
-    File,
-    Metrics,
-    Parameters,
-    Picture,
-    Status,
-    Tags,
-    Target,
-)
+from pipelines.entries import Begin, End, Entry, File, Metrics, Model, Parameters, Picture, Status, Tags, Target
 from pipelines.errors import ConfigurationError
 from pipelines.images import Pixels, encode
 from pipelines.spool import BATCH, MB, Spool

@@ -24,6 +24,8 @@ ARTIFACTS=${MLFLOW_ARTIFACTS:-s3://mlflow} ADMIN=${MLFLOW_USER:-brickyard} PASSW
 LOG=$DATA/log
 STORE=postgresql+psycopg://mlflow@127.0.0.1:$((PORT + 1))
 
+export PGPASSFILE=$DATA/pgpass # for PostgreSQL, of which nobody needs to know the password
+
 fail() { echo "mlflow.sh: $*" >&2; exit 1; }
 
 find_programs() {
@@ -40,6 +42,8 @@ find_programs() {
 as_nobody() { # PostgreSQL does not run as root; what root calls itself in a namespace of its own is enough for it
     if [ "$(id -u)" = 0 ]; then unshare --user --map-user=1000 --map-group=1000 "$@"; else "$@"; fi
 }
+
+secret() { head -c 32 /dev/urandom | sha256sum | cut -d ' ' -f 1; }
 
 pid_of() { cat "$DATA/$1.pid" 2>/dev/null; }
 alive() { # NAME: a process of ours, neither a zombie nor another that got its number
@@ -65,7 +69,9 @@ await() { # CONDITION NAME: until it holds, while the process lives
 }
 takes_queries() { "$POSTGRES/pg_isready" -q -h 127.0.0.1 -p $((PORT + 1)) -U mlflow -d postgres; }
 answers() {
-    curl -fs -o /dev/null -m 3 -u "$ADMIN:$PASSWORD" "http://127.0.0.1:$PORT/api/2.0/mlflow/experiments/search?max_results=1"
+    # By its standard input: what stands on a command line everybody on this machine can read.
+    printf 'user = "%s"\n' "$(sed 's/[\\"]/\\&/g' <<<"$ADMIN:$PASSWORD")" \
+        | curl -fs -o /dev/null -m 3 -K - "http://127.0.0.1:$PORT/api/2.0/mlflow/experiments/search?max_results=1"
 }
 
 up() {
@@ -74,7 +80,9 @@ up() {
     mkdir -p "$LOG"
     if [ ! -e "$DATA/postgres.done" ]; then
         rm -rf "$DATA/postgres"
-        as_nobody "$POSTGRES/initdb" -D "$DATA/postgres" -U mlflow --auth=trust -E UTF8 --locale=C.UTF-8 >"$LOG/initdb.out" 2>&1 \
+        (umask 077; secret >"$DATA/postgres.secret"; echo "127.0.0.1:$((PORT + 1)):*:mlflow:$(cat "$DATA/postgres.secret")" >"$PGPASSFILE")
+        as_nobody "$POSTGRES/initdb" -D "$DATA/postgres" -U mlflow --auth=scram-sha-256 --pwfile="$DATA/postgres.secret" \
+            -E UTF8 --locale=C.UTF-8 >"$LOG/initdb.out" 2>&1 \
             || { tail -n 5 "$LOG/initdb.out" >&2; fail "initdb failed; see $LOG/initdb.out"; }
         touch "$DATA/postgres.done"
     fi
@@ -98,13 +106,13 @@ bucket, s3 = urlsplit(sys.argv[1]).netloc, fsspec.filesystem("s3")
 s3.exists(bucket) or s3.mkdir(bucket)
 END
     if ! server_alive; then
-        [ -s "$DATA/secret" ] || (umask 077; head -c 32 /dev/urandom | sha256sum | cut -d ' ' -f 1 >"$DATA/secret")
+        [ -s "$DATA/secret" ] || (umask 077; secret >"$DATA/secret")
         (umask 077; cat >"$DATA/users.ini" <<END
 [mlflow]
 default_permission = READ
 database_uri = $STORE/users
 admin_username = $ADMIN
-admin_password = $PASSWORD
+admin_password = ${PASSWORD//%/%%}
 authorization_function = mlflow.server.auth:authenticate_request_basic_auth
 END
         )
@@ -132,7 +140,7 @@ stop() {
 
 show() {
     echo "export MLFLOW_TRACKING_URI=http://127.0.0.1:$PORT"
-    echo "export MLFLOW_TRACKING_USERNAME=$ADMIN MLFLOW_TRACKING_PASSWORD=$PASSWORD"
+    printf 'export MLFLOW_TRACKING_USERNAME=%q MLFLOW_TRACKING_PASSWORD=%q\n' "$ADMIN" "$PASSWORD"
 }
 
 case $COMMAND in
