@@ -12,7 +12,7 @@ from pipelines.sweep_plan import SweepJob
 
 DIGITS = TrainJob(
     name="digits",
-    data=DataConfig(builtin="digits", held_out=97, ingest=IngestConfig(side=8, channels=1, shard_rows=512)),
+    data=DataConfig(builtin="digits", ingest=IngestConfig(side=8, channels=1, shard_rows=512)),
     network=NetworkConfig(unet=UNetConfig(channels=32, multipliers=(1, 2), blocks=1, attention=(4,))),
     fit=FitConfig(images=204_800, batch_images=128, micro_images=64),
     scaling=ScalingConfig(workers=2),
@@ -61,6 +61,7 @@ ARTICLE = SweepJob(
     ),
     train=replace(
         DIGITS,
+        data=replace(DIGITS.data, held_out=97),
         fit=replace(DIGITS.fit, images=51_200, log_images=6_400),
         evaluate_images=512,
         draw=DrawConfig(sampler="random", steps=100),

@@ -13,7 +13,7 @@
 # on 127.0.0.1 only. For other machines put a proxy with TLS before it, and give its name in MLFLOW_HOSTS.
 #
 # It needs `pip install -e '.[server]'` and Debian's postgresql (or another with initdb on the PATH). Environment, all
-# optional: MLFLOW_USER, MLFLOW_PASSWORD (of the administrator; fixed at the first start), MLFLOW_HOSTS (further names,
+# optional: MLFLOW_USER, MLFLOW_PASSWORD (of the administrator, 12 characters at least; fixed at the first start), MLFLOW_HOSTS (further names,
 # with commas between them), MLFLOW_ARTIFACTS (s3://mlflow), MLFLOW_BIN, POSTGRES_BIN.
 set -euo pipefail
 

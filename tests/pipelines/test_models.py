@@ -82,7 +82,9 @@ def client(mlflow_server: str) -> Any:
     return MlflowClient(mlflow_server)
 
 
-def test_a_run_names_its_data_and_keeps_its_model_once(folder: Folder, mlflow_server: str, client: Any) -> None:
+def test_a_run_names_its_data_and_keeps_its_model_once(
+    folder: Folder, mlflow_server: str, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = Run(folder, mlflow_server)
     data = DataSet("digits", DATA, "s3://bucket/digits", {"rows": 1797})
     for _ in range(2):  # as a second start says it again
@@ -98,7 +100,7 @@ def test_a_run_names_its_data_and_keeps_its_model_once(folder: Folder, mlflow_se
     assert [(output.model_id, output.step) for output in mlflow_run.outputs.model_outputs] == [(model.model_id, 300)]
     import mlflow
 
-    mlflow.set_tracking_uri(mlflow_server)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
     there = mlflow.artifacts.download_artifacts(f"models:/{model.model_id}", dst_path=folder.path("downloaded"))
     assert {name: open(os.path.join(there, name), "rb").read() for name in FILES} == run.files  # noqa: PTH118, PTH123, SIM115
 
