@@ -216,26 +216,29 @@ class MLflowRun:
         if not _is_past(run, begin.began_ms):
             self._tag({BEGAN: str(begin.began_ms)})
             self._client.update_run(self.run_id, status="RUNNING")
-        self._adopt(run)
+        self._join_parent(run)
         self._finder.remove_doubles(run)
 
     def _end(self, end: End) -> None:
         if end.dropped:
             self._tag({DROPPED: str(end.dropped)})
         run = self._look()
+        self._join_parent(run)
         self._adopt(run)
         if not _is_past(run, end.began_ms):
             self._client.set_terminated(self.run_id, end.status, end.at_ms)
         self._finder.remove_doubles(run)
 
-    def _adopt(self, run: Run) -> None:
-        """Put the run below its parent, and its children below it: whichever is on record first."""
-        here = [run.info.experiment_id]
+    def _join_parent(self, run: Run) -> None:
+        """Put the run below its parent, as soon as that is on record."""
         if self._target.parent and PARENT not in run.data.tags:
             self._tag({CHILD_OF: self._target.parent})
-            for parent in with_tag(self._client, here, self._target.parent)[:1]:
+            for parent in with_tag(self._client, [run.info.experiment_id], self._target.parent)[:1]:
                 self._tag({PARENT: parent.info.run_id})
-        for child in with_tag(self._client, here, self._target.run_id, CHILD_OF):
+
+    def _adopt(self, run: Run) -> None:
+        """Put below the run those of its children that were on record before it."""
+        for child in with_tag(self._client, [run.info.experiment_id], self._target.run_id, CHILD_OF):
             if PARENT not in child.data.tags:
                 self._client.set_tag(child.info.run_id, PARENT, run.info.run_id)
 
