@@ -1,9 +1,12 @@
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
+import urllib.request
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,6 +76,40 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     finally:
         context.undo()
         subprocess.run([script, "wipe", *where], check=True)
+
+
+@pytest.fixture(scope="session")
+def mlflow_on_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of an MLflow server on SQLite, without users: several times faster than the one below."""
+    folder, port = tmp_path_factory.mktemp("mlflow"), free_ports(1)
+    url = f"http://127.0.0.1:{port}"
+    where = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", f"{folder}/artifacts"]
+    command = [sys.executable, "-m", "mlflow", "server", *where, "--port", str(port), "--workers", "1"]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            command,
+            env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        end = time.monotonic() + 120
+        while not answers(f"{url}/health"):
+            assert process.poll() is None and time.monotonic() < end, (folder / "log").read_text()[-3000:]
+            time.sleep(0.1)
+        yield url
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
 
 
 @pytest.fixture(scope="session")

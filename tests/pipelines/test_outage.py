@@ -90,13 +90,13 @@ class Yard:
 
 
 @pytest.fixture
-def yard(mlflow_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Yard]:
+def yard(mlflow_on_sqlite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Yard]:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
     monkeypatch.setattr(
         tracking, "SERVER_PATIENCE_S", 60.0
     )  # where it is there, it may be slow: others use the machine
-    with FaultProxy(mlflow_server) as proxy:
-        yield Yard(Folder(str(tmp_path)), proxy, mlflow_server, f"run of {tmp_path.name}")
+    with FaultProxy(mlflow_on_sqlite) as proxy:
+        yield Yard(Folder(str(tmp_path)), proxy, mlflow_on_sqlite, f"run of {tmp_path.name}")
         proxy.rules = []  # whoever still waits may go
 
 
@@ -132,7 +132,7 @@ ENDS = ("+compressed.webp", ".png")
 
 
 def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < end, "it never came to that"
         time.sleep(0.05)
