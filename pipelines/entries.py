@@ -4,6 +4,8 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+ABOUT = "config.json"
+"""The file of a model that says what it is, and of which checkpoint."""
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 

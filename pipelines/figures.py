@@ -1,11 +1,13 @@
 """Pictures of numbers, for the record of a run: its schedule, and its loss over t."""
 
 import io
-
-from matplotlib.figure import Figure  # no pyplot: nothing global, and no window
+from typing import TYPE_CHECKING
 
 from models.schedule import Schedule
 from pipelines.validation import Curve
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BINS = 20
 """Stretches of 1..T whose mean loss is drawn."""
@@ -13,7 +15,7 @@ BINS = 20
 
 def schedule_figure(schedule: Schedule) -> bytes:
     """Draw what a schedule leaves of a picture, ᾱ_t, and how much noise each step adds, β_t, as a PNG file."""
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    figure = _blank(9, 3.2)
     left, right = figure.subplots(1, 2)
     t = schedule.time
     left.plot(t, schedule.alpha_bar, label="ᾱ_t, of the picture")
@@ -28,7 +30,7 @@ def schedule_figure(schedule: Schedule) -> bytes:
 def loss_figure(curve: Curve) -> bytes:
     """Draw the loss of each image at its t, and the mean of each twentieth of 1..T, as a PNG file."""
     t, loss, T = curve.t, curve.loss, curve.T
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = _blank(7, 4)
     axes = figure.subplots()
     axes.scatter(t, loss, s=6, alpha=0.35, label="one image that was held out")
     bins = (t - 1) * BINS // T
@@ -41,7 +43,13 @@ def loss_figure(curve: Curve) -> bytes:
     return _png(figure)
 
 
-def _png(figure: Figure) -> bytes:
+def _blank(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure  # at the end of a run, not at its start; no pyplot: nothing global, no window
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _png(figure: "Figure") -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)
     return file.getvalue()

@@ -30,14 +30,13 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.utils.time import get_current_time_millis
 
-from pipelines.entries import DataSet, Model
+from pipelines.entries import ABOUT, DataSet, Model
+from pipelines.environment import environment
 from pipelines.storage import Folder
 
 TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 BYTES_PER_S = 1e6
 """What is waited for at least."""
-ABOUT = "config.json"
-"""Of a model: what it is."""
 DIGEST = "brickyard.checkpoint_digest"
 MODEL = "brickyard.model"
 """MLflow's id of the logged model that a version is."""
@@ -144,16 +143,13 @@ def record_score(client: MlflowClient, run: Run, metric: str, value: float, line
 @contextmanager
 def _patience(size_bytes: int) -> Iterator[None]:
     """Within this context a request may take as long as so many bytes need: the answer comes when they are stored."""
-    before = os.environ.get(TIMEOUT)
-    os.environ[TIMEOUT] = str(int(int(before or 5) + size_bytes / BYTES_PER_S))
+    allowed_s = int(int(os.environ.get(TIMEOUT, "5")) + size_bytes / BYTES_PER_S)
     uploading.set()
     try:
-        yield
+        with environment({TIMEOUT: str(allowed_s)}):
+            yield
     finally:
         uploading.clear()
-        os.environ.pop(TIMEOUT)
-        if before is not None:
-            os.environ[TIMEOUT] = before
 
 
 def find_model(client: MlflowClient, run: Run, digest: str) -> LoggedModel | None:

@@ -8,10 +8,10 @@ from typing import Any
 import safetensors.torch
 
 from pipelines.config import SampleJob, TrainJob
-from pipelines.entries import Model
+from pipelines.entries import ABOUT, Model
 from pipelines.exchange import write_pipeline
-from pipelines.figures import loss_figure
-from pipelines.lineage import Trained
+from pipelines.figures import loss_figure, schedule_figure
+from pipelines.lineage import Trained, installed
 from pipelines.plain import to_dict
 from pipelines.sample_plan import plan_samples
 from pipelines.sampling import SHEET, STRIP, draw_samples
@@ -20,8 +20,8 @@ from pipelines.storage import Folder
 from pipelines.tracking import Tracker, now_ms
 from pipelines.validation import Curve
 
-AVERAGE, ABOUT = "ema.safetensors", "config.json"
-"""Of an export, what makes the model that is kept in MLflow."""
+AVERAGE = "ema.safetensors"
+"""Of an export, what makes, with what it says about itself, the model that is kept in MLflow."""
 
 log = logging.getLogger("brickyard.train")
 
@@ -76,7 +76,11 @@ def evaluate(job: TrainJob, trained: Trained, tracker: Tracker) -> dict[str, Any
 def record_results(
     job: TrainJob, trained: Trained, curve: Curve | None, measured: dict[str, float], tracker: Tracker
 ) -> None:
-    """Record the loss over t, and the exported average as a model with what was measured of it."""
+    """Record what a reader looks for at the end, and the exported average as a model with what was measured of it."""
+    if not tracker.run_id:
+        return
+    tracker.file("schedule.png", schedule_figure(trained.schedule()))
+    tracker.file("environment.txt", installed().encode())
     if curve:
         tracker.file("loss-over-t.png", loss_figure(curve))
     if job.tracking.log_model:

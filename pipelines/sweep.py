@@ -7,7 +7,6 @@ what each child that is done has said, and does not start it again.
 
 import json
 import logging
-import os
 import signal
 import subprocess
 import sys
@@ -25,12 +24,13 @@ import ray
 from pipelines import validation
 from pipelines.cluster import cluster
 from pipelines.config import TrainJob
+from pipelines.environment import environment
 from pipelines.errors import BrickyardError, TryAgainError
 from pipelines.plain import to_dict, to_yaml
 from pipelines.scoring import METRIC
 from pipelines.storage import Folder
 from pipelines.sweep_plan import SweepJob
-from pipelines.tracking import open_tracker
+from pipelines.tracking import ending, open_tracker
 from pipelines.training import RUN
 
 TRAIN = Path(__file__).parent.parent / "jobs" / "train.py"
@@ -111,24 +111,16 @@ def sweep(job: SweepJob) -> dict[str, Any]:
         job.train.tracking, Folder(job.train.root), folder, job.name, parent,
         parameters={"grid": " | ".join(job.grid), "children": len(children)}, tags={"brickyard.sweep": job.name},
     )  # fmt: skip
-    try:
+    with ending(tracker):
         tracker.file("sweep.yaml", to_yaml(job).encode())
         outcomes = _run(job, children, parent)
         rows = _table(children, outcomes)
         text = _in_words(rows)
-        folder.put("table.json", json.dumps(rows, indent=1).encode())
-        folder.put("table.txt", text.encode())
-        tracker.file("table.json", json.dumps(rows, indent=1).encode())
-        tracker.file("table.txt", text.encode())
+        for name, content in (("table.json", json.dumps(rows, indent=1)), ("table.txt", text)):
+            folder.put(name, content.encode())
+            tracker.file(name, content.encode())
         log.info("done\n\n%s\n", text)
         _check(job, children, outcomes)
-        tracker.finish("FINISHED")
-    except KeyboardInterrupt:
-        tracker.finish("KILLED")
-        raise
-    except BaseException:
-        tracker.finish("FAILED")
-        raise
     return {
         "children": rows,
         "table": f"{folder.url}/table.txt",
@@ -156,26 +148,21 @@ def _run(job: SweepJob, children: dict[str, TrainJob], parent: str) -> dict[str,
     with cluster():
         room = min(job.room(ray.cluster_resources()), len(to_do))
         log.info("%d children, %d of them done; %d train at once", len(children), len(outcomes), room)
-        before = os.environ.get("RAY_ADDRESS")
-        os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address  # one cluster for all
-        processes = _Children(job, parent)
-        pool = ThreadPoolExecutor(room)
-        try:
-            waiting: dict[Future[Outcome], str] = {
-                pool.submit(processes.run, apart, child): apart for apart, child in to_do.items()
-            }
-            while waiting:
-                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                    apart = waiting.pop(future)
-                    outcomes[apart] = outcome = future.result()
-                    said = outcome.said.get(METRIC, outcome.said.get("loss", outcome.said.get("error", "")))
-                    log.info("%d of %d: %s: exit %d, %s", len(outcomes), len(children), apart, outcome.code, said)
-        finally:
-            processes.end()
-            pool.shutdown(cancel_futures=True)
-            os.environ.pop("RAY_ADDRESS")
-            if before is not None:
-                os.environ["RAY_ADDRESS"] = before
+        processes, pool = _Children(job, parent), ThreadPoolExecutor(room)
+        with environment({"RAY_ADDRESS": ray.get_runtime_context().gcs_address}):  # one cluster for all
+            try:
+                waiting: dict[Future[Outcome], str] = {
+                    pool.submit(processes.run, apart, child): apart for apart, child in to_do.items()
+                }
+                while waiting:
+                    for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                        apart = waiting.pop(future)
+                        outcomes[apart] = outcome = future.result()
+                        said = outcome.said.get(METRIC, outcome.said.get("loss", outcome.said.get("error", "")))
+                        log.info("%d of %d: %s: exit %d, %s", len(outcomes), len(children), apart, outcome.code, said)
+            finally:
+                processes.end()
+                pool.shutdown(cancel_futures=True)
     return outcomes
 
 

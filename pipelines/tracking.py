@@ -12,6 +12,7 @@ import posixpath
 import sqlite3
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
@@ -78,6 +79,20 @@ class Tracker:
 
     def finish(self, status: Status) -> None:
         """End the run; the same command opens it again."""
+
+
+@contextmanager
+def ending(tracker: Tracker) -> Iterator[None]:
+    """End the run as this block ends: FINISHED, KILLED by an interrupt, or FAILED."""
+    try:
+        yield
+        tracker.finish("FINISHED")
+    except KeyboardInterrupt:
+        tracker.finish("KILLED")
+        raise
+    except BaseException:
+        tracker.finish("FAILED")
+        raise
 
 
 def resolve_uri(config: TrackingConfig, root: Folder) -> str:

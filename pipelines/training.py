@@ -24,18 +24,17 @@ from pipelines.config import TrainJob
 from pipelines.digits import write_digits
 from pipelines.entries import DataSet
 from pipelines.errors import ConfigurationError, checked
-from pipelines.figures import schedule_figure
 from pipelines.images import View
 from pipelines.ingest import ingest
 from pipelines.ingest_plan import IngestPlan
-from pipelines.lineage import Trained, git_revision, installed
+from pipelines.lineage import Trained, git_revision
 from pipelines.manifest import NAME, Manifest
 from pipelines.plain import flatten, to_dict, to_yaml
 from pipelines.results import evaluate, export, record_results
 from pipelines.scoring import MAX_FEATURES, METRIC
 from pipelines.storage import Folder
 from pipelines.summary import in_words
-from pipelines.tracking import Tracker, open_tracker, resolve_uri, without_password
+from pipelines.tracking import Tracker, ending, open_tracker, resolve_uri, without_password
 from pipelines.validation import Validator
 from pipelines.workers import run_workers
 
@@ -91,11 +90,8 @@ def _train_on(job: TrainJob, data: Folder, manifest: Manifest) -> dict[str, Any]
         }
         | ({"brickyard.ray_job": ray_job} if (ray_job := os.environ.get("RAY_JOB_SUBMISSION_ID")) else {}),
     )
-    try:
+    with ending(tracker):
         tracker.file("config.yaml", to_yaml(job).encode())
-        if tracker.run_id:
-            tracker.file("schedule.png", schedule_figure(job.schedule.tables()))
-        tracker.file("environment.txt", installed().encode())
         profile = {"rows": manifest.rows, "labels": dict(zip(manifest.labels, manifest.label_counts, strict=True))}
         tracker.append(DataSet(data.name, manifest.digest, data.url, profile))
         about = describe(job, data, manifest, tracker)
@@ -110,13 +106,6 @@ def _train_on(job: TrainJob, data: Folder, manifest: Manifest) -> dict[str, Any]
             summary |= validator.last.means
         measured = {name: summary[name] for name in (METRIC, validation.METRIC, "loss") if name in summary}
         record_results(job, trained, validator.last, measured, tracker)
-        tracker.finish("FINISHED")
-    except KeyboardInterrupt:
-        tracker.finish("KILLED")
-        raise
-    except BaseException:
-        tracker.finish("FAILED")
-        raise
     return summary | {
         "run": job.run.url,
         "images": trained.checkpoint.position,

@@ -23,6 +23,7 @@ from pipelines import checkpoints
 from pipelines.checkpoints import Checkpoint
 from pipelines.cluster import check_node_labels
 from pipelines.config import TrainJob
+from pipelines.environment import environment
 from pipelines.errors import TryAgainError, root
 from pipelines.foreman import OUTSIDE, WAITING_S, Foreman, NotAgain, Trainer
 from pipelines.manifest import Manifest
@@ -123,10 +124,5 @@ def _ray_trains_times(scaling: ScalingConfig) -> Iterator[None]:
     times = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(scaling.hang_s + HEALTH_MARGIN_S)}
     if scaling.min_workers:  # a node may have died that Ray still counts on: find out soon how many are left
         times["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "15"
-    mine = {name: value for name, value in times.items() if name not in os.environ}
-    os.environ.update(mine)
-    try:
+    with environment({name: value for name, value in times.items() if name not in os.environ}):
         yield
-    finally:
-        for name in mine:
-            del os.environ[name]
