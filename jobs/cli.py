@@ -6,6 +6,8 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from typing import Any, NoReturn, TypeVar
@@ -13,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 import tyro
 
 from pipelines.errors import ConfigurationError, DataError, TryAgainError, ours
-from pipelines.invocation import Invocation
+from pipelines.invocation import LEAVE_WITH, Invocation
 from pipelines.plain import file_as_flags, to_yaml
 
 J = TypeVar("J")
@@ -99,6 +101,7 @@ def run(
     try:
         asked = parse(cls, presets or {}, sys.argv[1:] if argv is None else argv)
         with _sigterm_as_interrupt(), _stdout_as_stderr():
+            _leave_with(os.environ.pop(LEAVE_WITH, ""))
             log.setLevel(logging.DEBUG if asked.verbose else logging.INFO)
             print("# the resolved configuration\n" + to_yaml(asked.job), file=sys.stderr, end="", flush=True)
             outcome = (plan if asked.dry_run else work)(asked.job)
@@ -126,6 +129,18 @@ def _judge(error: BaseException) -> tuple[int, BaseException]:
     if told is None:
         return FAILED, error
     return next((code for kind, code in _CODES if isinstance(told, kind)), FAILED), told
+
+
+def _leave_with(parent: str) -> None:
+    """Have this job end, as by SIGTERM, when the process that has started it, and is named, is no more."""
+
+    def watch() -> None:
+        while os.getppid() == int(parent):
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if parent:
+        threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 @contextlib.contextmanager

@@ -3,8 +3,9 @@
 import logging
 from typing import Any
 
+from pipelines.entries import without_password
 from pipelines.errors import ConfigurationError, TryAgainError
-from pipelines.tracking import be_brief, without_password
+from pipelines.mlflow_door import be_brief
 
 log = logging.getLogger("brickyard.scoring")
 

@@ -9,7 +9,6 @@ import re
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
-from urllib.parse import urlsplit
 
 from models.ema import check_std
 from models.network import NetworkConfig
@@ -17,6 +16,7 @@ from models.parallelize import ParallelConfig
 from models.samplers import SAMPLERS, Sampler, ddim
 from models.schedule import ScheduleConfig, Spacing
 from pipelines.cluster import node_labels
+from pipelines.entries import without_password
 from pipelines.errors import ConfigurationError, checked
 from pipelines.fit_config import FitConfig
 from pipelines.images import View
@@ -127,7 +127,7 @@ class TrackingConfig:
     def __post_init__(self) -> None:
         if self.spool_mb < 1:
             raise ConfigurationError(f"tracking.spool_mb is {self.spool_mb}; it must be at least 1: try 256")
-        if "@" in urlsplit(self.uri).netloc:
+        if without_password(self.uri) != self.uri:
             raise ConfigurationError(
                 "tracking.uri holds a password, and configurations are printed and kept: leave it out and set "
                 "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"

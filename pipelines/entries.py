@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
+from urllib.parse import urlsplit, urlunsplit
 
 ABOUT = "config.json"
 """The file of a model that says what it is, and of which checkpoint."""
@@ -13,7 +14,8 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 class Begin:
     """A start of the run."""
 
-    began_ms: int
+    start: int
+    """Which one, from 1."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,10 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Tags:
-    """Tags, as the start that began then sets them."""
+    """Tags, as a start sets them."""
 
     values: dict[str, str]
-    began_ms: int
+    start: int
 
 
 @dataclass(frozen=True)
@@ -94,11 +96,11 @@ class Model:
 
 @dataclass(frozen=True)
 class End:
-    """The end of the start that began then."""
+    """The end of a start."""
 
     status: Status
     at_ms: int
-    began_ms: int
+    start: int
     dropped: int
     """Entries that did not fit since the spool was made."""
 
@@ -129,3 +131,12 @@ class Target:
     def key(self) -> str:
         """Names this run at this tracker, in the names of files."""
         return hashlib.sha256(f"{self.run_id} {self.uri}".encode()).hexdigest()[:8]
+
+
+def without_password(uri: str) -> str:
+    """Return a URI that can be printed and kept: without the user and the password that it may carry."""
+    parts = urlsplit(uri)
+    kept = "&".join(one for one in parts.query.split("&") if not one.startswith("password="))
+    if "@" not in parts.netloc and kept == parts.query:
+        return uri
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=kept))

@@ -7,6 +7,8 @@ from typing import Annotated, Generic, TypeVar
 import tyro
 
 J = TypeVar("J")
+LEAVE_WITH = "BRICKYARD_LEAVE_WITH"
+"""In the environment of a job: the number of the process that has started it, without which it does not go on."""
 
 
 @dataclass(frozen=True, kw_only=True)

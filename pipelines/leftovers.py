@@ -7,14 +7,17 @@ a start on another machine finds it.
 
 import logging
 import os
+import sqlite3
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pipelines.entries import Target
 from pipelines.errors import BrickyardError
 from pipelines.spool import Spool
+from pipelines.spool import waiting as waiting_in
 from pipelines.storage import Folder
 
 FOLDER = "spool"
@@ -45,14 +48,9 @@ def brought(home: Folder, key: str = "") -> Iterator[Spool]:
         home: the folder of the run.
         key: of a target; empty: all.
     """
-    if home.is_local:
-        return
     try:
-        names = [name for name in (home / FOLDER).names() if name.endswith(".db") and name.startswith(key)]
-        for name in sorted(names, key=lambda name: name.partition("-")[2]):
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / name
-                path.write_bytes((home / FOLDER).get(name))
+        for name in _moved(home, key):
+            with _fetched(home, name) as path:
                 try:
                     spool = Spool(path, None)
                 except Exception as error:  # damaged, or of another version: the others are none the worse
@@ -64,6 +62,39 @@ def brought(home: Folder, key: str = "") -> Iterator[Spool]:
                 spool.close()
     except BrickyardError as error:  # what this job records does not wait for it
         log.warning("what an earlier job left to be recorded could not be fetched: %s", error)
+
+
+def waiting(home: Folder, run_id: str) -> int:
+    """Return how many entries of a run wait to be delivered, having changed nothing."""
+    found = sum(_waiting(path) for path in here(home, run_id))
+    for name in _moved(home):
+        with _fetched(home, name) as path:
+            found += _waiting(path)
+    return found
+
+
+def _waiting(path: Path) -> int:
+    try:
+        return waiting_in(path)
+    except sqlite3.Error as error:
+        log.warning("%s cannot be delivered: %s", path.name, error)
+        return 0
+
+
+def _moved(home: Folder, key: str = "") -> list[str]:
+    """Return the names of the spools that were moved to the folder of a run in object storage, the oldest first."""
+    if home.is_local:
+        return []
+    names = [name for name in (home / FOLDER).names() if name.endswith(".db") and name.startswith(key)]
+    return sorted(names, key=lambda name: name.partition("-")[2])
+
+
+@contextmanager
+def _fetched(home: Folder, name: str) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes((home / FOLDER).get(name))
+        yield path
 
 
 def hand_on(spool: Spool, home: Folder) -> str:
@@ -81,4 +112,11 @@ def hand_on(spool: Spool, home: Folder) -> str:
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "brickyard" / FOLDER
+    """Return the folder of spools in the user's cache; of a user who cannot write there, among temporary files."""
+    found = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "brickyard" / FOLDER
+    try:
+        found.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=found):  # a folder on a file system that is read only is there, too
+            return found
+    except OSError:
+        return Path(tempfile.gettempdir()) / f"brickyard-{os.getuid()}" / FOLDER

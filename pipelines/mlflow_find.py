@@ -15,10 +15,9 @@ from mlflow.exceptions import MlflowException
 from requests import ConnectionError, HTTPError
 from requests.exceptions import ChunkedEncodingError
 
-from pipelines.entries import Target
+from pipelines.entries import Target, without_password
 from pipelines.errors import DataError
 from pipelines.storage import Folder
-from pipelines.tracking import without_password
 
 TAG = "brickyard.run"
 KIND = {"mlflow.experimentKind": "custom_model_development"}

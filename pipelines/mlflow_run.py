@@ -25,7 +25,7 @@ from pipelines.mlflow_models import record_data_set, record_model
 from pipelines.spool import BATCH
 from pipelines.storage import Folder
 
-BEGAN, DROPPED = "brickyard.began_ms", "brickyard.records_dropped"
+STARTS, DROPPED = "brickyard.starts", "brickyard.records_dropped"
 IMAGES_TAG = "mlflow.loggedImages"
 """By this the UI knows that there are pictures."""
 PARENT, CHILD_OF = "mlflow.parentRunId", "brickyard.parent"
@@ -100,8 +100,8 @@ class MLflowRun:
                 self._parameters |= values.keys()
             case Metrics():
                 self._metrics([entry for entry in entries if isinstance(entry, Metrics)])
-            case Tags(values, began_ms):
-                if not _is_past(self._look(), began_ms):
+            case Tags(values, start):
+                if not _is_past(self._look(), start):
                     self._tag(values)
             case Picture() as picture:
                 self._send([picture], lambda some: self._picture(some[0]), lambda one: f"the picture {one.key}", 1)
@@ -213,8 +213,8 @@ class MLflowRun:
 
     def _begin(self, begin: Begin) -> None:
         run = self._look()
-        if not _is_past(run, begin.began_ms):
-            self._tag({BEGAN: str(begin.began_ms)})
+        if not _is_past(run, begin.start):
+            self._tag({STARTS: str(begin.start)})
             self._client.update_run(self.run_id, status="RUNNING")
         self._join_parent(run)
         self._finder.remove_doubles(run)
@@ -225,7 +225,7 @@ class MLflowRun:
         run = self._look()
         self._join_parent(run)
         self._adopt(run)
-        if not _is_past(run, end.began_ms):
+        if not _is_past(run, end.start):
             self._client.set_terminated(self.run_id, end.status, end.at_ms)
         self._finder.remove_doubles(run)
 
@@ -266,6 +266,6 @@ def _named(one: DataSet | Model) -> str:
     return f"the {'data set' if isinstance(one, DataSet) else 'model'} {one.name}"
 
 
-def _is_past(run: Run, began_ms: int) -> bool:
-    """Whether a run has begun anew since: a spool may come late, from another machine."""
-    return int(run.data.tags.get(BEGAN, "0")) > began_ms
+def _is_past(run: Run, start: int) -> bool:
+    """Whether a run has started anew since: a spool may come late, from another machine."""
+    return int(run.data.tags.get(STARTS, "0")) > start

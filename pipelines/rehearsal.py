@@ -12,9 +12,11 @@ from pipelines.config import TrainJob
 from pipelines.digits import DIGITS, LABELS
 from pipelines.images import View
 from pipelines.ingest_plan import IngestPlan
+from pipelines.mlflow_door import reach
+from pipelines.run_folder import RUN
 from pipelines.storage import Folder
-from pipelines.tracking import reach, resolve_uri
-from pipelines.training import RUN, check_claim, check_labels, check_shape, data_source, find_data
+from pipelines.tracking import resolve_uri
+from pipelines.training import check_claim, check_labels, check_shape, data_source, find_data
 
 
 def dry_run(job: TrainJob) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """What runs have recorded and no tracker has taken yet, delivered."""
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import closing
@@ -10,10 +9,10 @@ from typing import Any
 from pipelines import leftovers
 from pipelines.delivery import Delivery
 from pipelines.errors import ConfigurationError, DataError, TryAgainError
+from pipelines.mlflow_door import recipient_of
+from pipelines.run_folder import RUN, run_id
 from pipelines.spool import Spool
 from pipelines.storage import Folder
-from pipelines.tracking import recipient_of
-from pipelines.training import RUN
 
 log = logging.getLogger("brickyard.tracking")
 
@@ -46,7 +45,7 @@ def replay(job: ReplayJob) -> dict[str, Any]:
     """
     delivered, waiting = {}, []
     for url in job.runs:
-        home = Folder(url)
+        home = _run(url)
         delivered[home.url] = 0
         for spool in _spools(home):
             held = spool.entries()
@@ -67,16 +66,21 @@ def dry_run(job: ReplayJob) -> dict[str, Any]:
     """Return how many entries wait, having changed nothing."""
     waiting = {}
     for url in job.runs:
-        home = Folder(url)
-        waiting[home.url] = sum(spool.entries() for spool in _spools(home))
+        home = _run(url)
+        waiting[home.url] = leftovers.waiting(home, run_id(home))
     return {"dry_run": True, "waiting": sum(waiting.values()), "runs": waiting}
+
+
+def _run(url: str) -> Folder:
+    home = Folder(url)
+    if not home.exists(RUN):
+        raise DataError(f"{home.url} is not the folder of a run: it has no {RUN}; give one below ROOT/runs")
+    return home
 
 
 def _spools(home: Folder) -> Iterator[Spool]:
     """Yield the spools of a run, the oldest first."""
-    if not home.exists(RUN):
-        raise DataError(f"{home.url} is not the folder of a run: it has no {RUN}; give one below ROOT/runs")
     yield from leftovers.brought(home)
-    for path in leftovers.here(home, json.loads(home.get(RUN))["id"]):
+    for path in leftovers.here(home, run_id(home)):
         with closing(Spool(path, None)) as spool:
             yield spool

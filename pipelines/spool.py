@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -191,6 +191,16 @@ class Spool:
             yield True
         finally:
             os.close(handle)
+
+
+def waiting(path: Path) -> int:
+    """Return how many entries wait in a spool, having changed nothing.
+
+    Raises:
+        sqlite3.Error: if the file is none.
+    """
+    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=BUSY_S)) as database:
+        return int(database.execute("SELECT COUNT(*) FROM entries").fetchone()[0])
 
 
 def _open(path: Path) -> sqlite3.Connection:

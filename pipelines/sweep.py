@@ -7,13 +7,13 @@ what each child that is done has said, and does not start it again.
 
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import uuid
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,17 +21,17 @@ from typing import Any
 
 import ray
 
-from pipelines import validation
+from pipelines import run_folder, validation
 from pipelines.cluster import cluster
 from pipelines.config import TrainJob
 from pipelines.environment import environment
 from pipelines.errors import BrickyardError, TryAgainError
+from pipelines.invocation import LEAVE_WITH
 from pipelines.plain import to_dict, to_yaml
 from pipelines.scoring import METRIC
 from pipelines.storage import Folder
 from pipelines.sweep_plan import SweepJob
 from pipelines.tracking import ending, open_tracker
-from pipelines.training import RUN
 
 TRAIN = Path(__file__).parent.parent / "jobs" / "train.py"
 COLUMNS = (METRIC, validation.METRIC, "loss", "images", "images_per_s", "seconds")
@@ -72,6 +72,7 @@ class _Children:
                 process = subprocess.Popen(
                     [sys.executable, str(TRAIN), "--config", str(config)],
                     stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True,
+                    env=os.environ | {LEAVE_WITH: str(os.getpid())},  # or a sweep that was killed would have left it
                 )  # fmt: skip
                 self._running.add(process)
             log.info("%s: starts", apart)
@@ -105,11 +106,12 @@ def sweep(job: SweepJob) -> dict[str, Any]:
         BrickyardError: if others failed.
     """
     began, children, folder = time.perf_counter(), job.children, job.folder
-    folder.create(RUN, json.dumps({"id": uuid.uuid4().hex}).encode())
-    parent = json.loads(folder.get(RUN))["id"]
+    run_folder.claim(folder, {"sweep": job.name})
+    parent = run_folder.run_id(folder)
     tracker = open_tracker(
         job.train.tracking, Folder(job.train.root), folder, job.name, parent,
         parameters={"grid": " | ".join(job.grid), "children": len(children)}, tags={"brickyard.sweep": job.name},
+        start=run_folder.count_start(folder, to_yaml(job)),
     )  # fmt: skip
     with ending(tracker):
         tracker.file("sweep.yaml", to_yaml(job).encode())

@@ -13,25 +13,36 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit, urlunsplit
 
 import numpy as np
 
 from pipelines import leftovers
 from pipelines.config import TrackingConfig
 from pipelines.delivery import Delivery
-from pipelines.entries import Begin, End, Entry, File, Metrics, Model, Parameters, Picture, Status, Tags, Target
+from pipelines.entries import (
+    Begin,
+    End,
+    Entry,
+    File,
+    Metrics,
+    Model,
+    Parameters,
+    Picture,
+    Status,
+    Tags,
+    Target,
+    without_password,
+)
 from pipelines.errors import ConfigurationError
 from pipelines.images import Pixels, encode
+from pipelines.mlflow_door import recipient_of
 from pipelines.spool import BATCH, MB, Spool
 from pipelines.storage import Folder
 
 if TYPE_CHECKING:
     from pipelines.mlflow_run import MLflowRun
 
-TIMEOUT_S = "5"
 SERVER_PATIENCE_S, FILE_PATIENCE_S = 8.0, 60.0
 """For how long the end of a job waits for a tracker that takes nothing: a server, or a database on this machine."""
 BYTES_PER_S = 1e6
@@ -119,6 +130,7 @@ def open_tracker(
     run_id: str,
     parameters: dict[str, Any],
     tags: dict[str, str],
+    start: int = 1,
 ) -> Tracker:
     """Begin to record a start of a run. Waits for no tracker and never fails: it may return one that records nothing.
 
@@ -130,6 +142,7 @@ def open_tracker(
         run_id: our own id of the run, by which it is found again.
         parameters: recorded once; those that are on record already are left as they are.
         tags: set anew at each start.
+        start: which start of the run this is, from 1; what comes late of an earlier one undoes nothing of it.
     """
     uri = resolve_uri(config, root)
     if uri == "none":
@@ -149,70 +162,23 @@ def open_tracker(
     except Exception as error:  # whatever it is, the training goes on
         log.warning("nothing is recorded: %s: %s", type(error).__name__, error)
         return Tracker()
-    tracker = SpooledTracker(spool, recipient, home)
+    tracker = SpooledTracker(spool, recipient, home, start)
     tracker.parameters(parameters)
     tracker.tags(tags)
     return tracker
 
 
-def reach(uri: str) -> str:
-    """Return what a tracking URI answers, in a few words, having changed nothing there."""
-    if uri == "none":
-        return "none"
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
-        return f"{uri}, to be made"
-    be_brief()
-    from pipelines import mlflow_find
-
-    return f"{without_password(uri)} {mlflow_find.reach(without_password(uri))}"
-
-
-def without_password(uri: str) -> str:
-    """Return a URI that can be printed and kept: without the user and the password that it may carry."""
-    parts = urlsplit(uri)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
-
-
-def recipient_of(target: Target, home: Folder) -> "MLflowRun":
-    """Return the MLflow run that a target means; MLflow, which takes seconds to import, is imported here."""
-    be_brief()
-    from pipelines.mlflow_run import MLflowRun
-
-    if target.uri.startswith("sqlite:///"):
-        Path(target.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    return MLflowRun(target, home)
-
-
-def be_brief() -> None:
-    """Have MLflow give up soon, say little, and send nothing anywhere unasked."""
-    for name, value in (
-        ("MLFLOW_DISABLE_TELEMETRY", "true"),
-        # At once, for a server that fails now and then; for one that is away a delivery has a patience of its own.
-        ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1"),
-        ("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0"),
-        ("MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER", "false"),
-        ("MLFLOW_HTTP_REQUEST_TIMEOUT", TIMEOUT_S),
-        ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
-    ):
-        os.environ.setdefault(name, value)
-    from pipelines import mlflow_find  # noqa: F401  (MLflow sets the level of its own log)
-
-    for name in ("alembic", "mlflow"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # of each request that it sends again
-
-
 class SpooledTracker(Tracker):
     """A run that is recorded in a spool, which is delivered to its recipient behind its back."""
 
-    def __init__(self, spool: Spool, recipient: "MLflowRun", home: Folder) -> None:
+    def __init__(self, spool: Spool, recipient: "MLflowRun", home: Folder, start: int) -> None:
         self.run_id = spool.target.run_id
         self._spool, self._recipient, self._home = spool, recipient, home
-        self._began_ms = now_ms()
+        self._start = start
         self._said: set[str] = set()
         self._delivered = False
         self._models: list[Model] = []
-        self.append(Begin(self._began_ms))
+        self.append(Begin(start))
         self._delivery = Delivery(spool, recipient, lambda: leftovers.brought(home, spool.target.key))
 
     @property
@@ -250,7 +216,7 @@ class SpooledTracker(Tracker):
 
     def tags(self, values: dict[str, str]) -> None:
         for some in _parts(self._cut("tag", values, MAX_TAG_CHARS), FEW):
-            self.append(Tags(some, self._began_ms))
+            self.append(Tags(some, self._start))
 
     def append(self, entry: Entry) -> None:
         """Put an entry into the spool; one that does not fit is counted and said, once."""
@@ -275,7 +241,7 @@ class SpooledTracker(Tracker):
             dropped, size = self._spool.dropped(), self._spool.size_bytes()
         except sqlite3.Error:
             dropped, size = 0, 0
-        self.append(End(status, now_ms(), self._began_ms, dropped))
+        self.append(End(status, now_ms(), self._start, dropped))
         for model in self._models:
             self._append(model)
         patience_s = FILE_PATIENCE_S if self._spool.target.uri.startswith("sqlite:") else SERVER_PATIENCE_S

@@ -3,13 +3,11 @@
 All of this runs in the driver; what the workers do is in :mod:`pipelines.worker`.
 """
 
-import json
 import logging
 import math
 import os
 import socket
 import time
-import uuid
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -17,12 +15,12 @@ from typing import Any
 import torch
 
 from models.network import build
-from pipelines import checkpoints, validation
+from pipelines import checkpoints, run_folder, validation
 from pipelines.checkpoints import Checkpoint
 from pipelines.cluster import cluster
 from pipelines.config import TrainJob
 from pipelines.digits import write_digits
-from pipelines.entries import DataSet
+from pipelines.entries import DataSet, without_password
 from pipelines.errors import ConfigurationError, checked
 from pipelines.images import View
 from pipelines.ingest import ingest
@@ -34,11 +32,9 @@ from pipelines.results import evaluate, export, record_results
 from pipelines.scoring import MAX_FEATURES, METRIC
 from pipelines.storage import Folder
 from pipelines.summary import in_words
-from pipelines.tracking import Tracker, ending, open_tracker, resolve_uri, without_password
+from pipelines.tracking import Tracker, ending, open_tracker, resolve_uri
 from pipelines.validation import Validator
 from pipelines.workers import run_workers
-
-RUN = "run.json"
 
 log = logging.getLogger("brickyard.train")
 
@@ -85,10 +81,10 @@ def _train_on(job: TrainJob, data: Folder, manifest: Manifest) -> dict[str, Any]
             "brickyard.git_revision": git_revision(),
             "brickyard.data_digest": manifest.digest,
             "brickyard.workers": str(job.scaling.workers),
-            "brickyard.starts": str(start),
             "brickyard.host": socket.gethostname(),
         }
         | ({"brickyard.ray_job": ray_job} if (ray_job := os.environ.get("RAY_JOB_SUBMISSION_ID")) else {}),
+        start=start,
     )
     with ending(tracker):
         tracker.file("config.yaml", to_yaml(job).encode())
@@ -220,17 +216,14 @@ def claim(job: TrainJob, manifest: Manifest) -> tuple[str, int]:
     Raises:
         ConfigurationError: naming each field that differs.
     """
-    mine = identity(job, manifest)
-    if not job.run.create(RUN, json.dumps({"id": uuid.uuid4().hex, "identity": mine}, indent=1).encode()):
+    if not run_folder.claim(job.run, identity(job, manifest)):
         check_claim(job, manifest)
-    start = sum(name.startswith("start-") for name in job.run.names()) + 1
-    job.run.put(f"start-{start:04d}.yaml", to_yaml(job).encode())
-    return json.loads(job.run.get(RUN))["id"], start
+    return run_folder.run_id(job.run), run_folder.count_start(job.run, to_yaml(job))
 
 
 def check_claim(job: TrainJob, manifest: Manifest) -> None:
     """Raise ConfigurationError if the run's folder is that of another run, naming each field that differs."""
-    mine, theirs = identity(job, manifest), json.loads(job.run.get(RUN))["identity"]
+    mine, theirs = identity(job, manifest), run_folder.identity(job.run)
     differing = [
         f"{name} was {theirs.get(name, 'unknown to the version that began it')}, is {mine.get(name)}"
         for name in sorted(mine | theirs)

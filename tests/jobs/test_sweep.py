@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
-from tests.processes import CODE, without_ray
+from tests.processes import CODE, wait_for, without_ray
 
 pytestmark = [
     pytest.mark.ray,
@@ -68,5 +70,33 @@ def test_children_train_under_one_parent_and_only_once(tmp_path: Path) -> None:
         "sweep.learning_rate-1e-3_seed-0": "FINISHED", "sweep.learning_rate-1e-3_seed-1": "FINISHED",
     }  # fmt: skip
 
+    first, second = sorted((run.info.start_time, run.info.end_time) for run in runs if "_seed-" in run.info.run_name)
+    assert second[0] < first[1], "side by side"
+
     again, err = sweep(tmp_path, "--grid", "fit.learning_rate=1e-3 seed=0,1", "fit.learning_rate=1e-3")
     assert again["children"] == said["children"] and "starts" not in err, "nothing is trained again"
+
+
+def test_a_killed_sweep_takes_its_children_with_it_and_they_go_on(tmp_path: Path, ray_cluster: None) -> None:
+    """On a cluster that outlives the sweep, so that nothing else ends its children."""
+    long = ["--grid", "seed=0,1", "--train.fit.images=32000", "--train.fit.checkpoint-images=3200"]
+    command = [sys.executable, "jobs/sweep.py", "digits", f"--train.root={tmp_path}", *SHORT, *long]
+    environment = without_ray() | {"OMP_NUM_THREADS": "1", "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    killed = subprocess.Popen(command, cwd=CODE, env=environment, stderr=subprocess.PIPE, text=True)
+    folders = [tmp_path / f"runs/sweep.seed-{seed}" for seed in (0, 1)]
+    wait_for(lambda: all(list(folder.glob("checkpoint-*/manifest.json")) for folder in folders), killed)
+    threads = Path(f"/proc/{killed.pid}/task").glob("*/children")
+    children = [int(child) for of_thread in threads for child in of_thread.read_text().split()]
+    assert len(children) >= 2
+    killed.kill()
+    killed.communicate()
+    end = time.monotonic() + 120
+    while any(Path(f"/proc/{pid}").exists() for pid in children):
+        assert time.monotonic() < end, "a child outlives its sweep"
+        time.sleep(0.1)
+    done = subprocess.run(command, cwd=CODE, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-5000:]
+    for seed, folder in enumerate(folders):
+        said = json.loads((tmp_path / f"sweeps/sweep/sweep.seed-{seed}.json").read_text())["said"]
+        assert said["images"] == 32000 and 0 < said["trained_images"] < 32000, "it goes on where it was"
+        assert sorted(path.name for path in folder.glob("start-*")) == ["start-0001.yaml", "start-0002.yaml"]

@@ -12,9 +12,9 @@ from pipelines.config import TrackingConfig
 from pipelines.entries import DataSet, Model
 from pipelines.errors import ConfigurationError, TryAgainError
 from pipelines.replay import ReplayJob, replay
+from pipelines.run_folder import RUN
 from pipelines.storage import Folder
 from pipelines.tracking import Tracker, now_ms, open_tracker
-from pipelines.training import RUN
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # MLflow's own dependencies

@@ -18,7 +18,8 @@ import pytest
 from pipelines import tracking
 from pipelines.config import TrackingConfig
 from pipelines.errors import TryAgainError
-from pipelines.replay import ReplayJob, replay
+from pipelines.replay import ReplayJob, dry_run, replay
+from pipelines.run_folder import count_start
 from pipelines.storage import Folder
 from pipelines.tracking import Tracker, open_tracker
 from tests.conftest import free_ports
@@ -54,7 +55,10 @@ class Yard:
 
     def start(self, parameters: dict[str, Any] | None = None, **tags: str) -> Tracker:
         config = TrackingConfig(uri=self.proxy.url, experiment=self.run_id, spool_mb=1)
-        return open_tracker(config, self.root, self.home, "digits", self.run_id, parameters or {"seed": 3}, tags)
+        number = count_start(self.home, "")
+        return open_tracker(
+            config, self.root, self.home, "digits", self.run_id, parameters or {"seed": 3}, tags, number
+        )
 
     def replay(self, patience_s: float = 60) -> int:
         self.home.create("run.json", json.dumps({"id": self.run_id}).encode())
@@ -300,7 +304,8 @@ def test_what_comes_late_from_elsewhere_does_not_end_what_goes_on(yard: Yard) ->
     elsewhere = yard.root / "elsewhere"
     yard.proxy.rules = [FAULTS["reset"]]
     config = TrackingConfig(uri=yard.proxy.url, experiment=yard.run_id)
-    late = open_tracker(config, yard.root, elsewhere, "digits", yard.run_id, {"seed": 3}, {"until": "never"})
+    first = count_start(yard.home, "")
+    late = open_tracker(config, yard.root, elsewhere, "digits", yard.run_id, {"seed": 3}, {"until": "never"}, first)
     late.metrics({"loss": 0.5}, 5)
     with pytest.MonkeyPatch.context() as context:
         no_patience(context)
@@ -324,7 +329,8 @@ def test_from_one_machine_to_another(yard: Yard, tmp_path: Path, monkeypatch: py
 
     def start(machine: str) -> Tracker:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / machine))
-        return open_tracker(config, yard.root, home, "digits", yard.run_id, {"seed": 3}, {})
+        number = count_start(home, "")
+        return open_tracker(config, yard.root, home, "digits", yard.run_id, {"seed": 3}, {}, number)
 
     for number, machine in enumerate(("one", "two")):
         yard.proxy.rules = [FAULTS["500"]]
@@ -401,6 +407,7 @@ def test_the_process_leaves_a_server_that_is_away(recorded: Yard, fault: str) ->
 
     code, said = replay_command(recorded, patient=False)
     assert code == said["exit_code"] == 75 and "did not take all" in said["error"]
+    waiting = dry_run(ReplayJob(runs=(recorded.home.url,)))["waiting"]
     recorded.proxy.rules = []
     if fault == "hung":
         code, said = replay_command(recorded)
@@ -409,7 +416,7 @@ def test_the_process_leaves_a_server_that_is_away(recorded: Yard, fault: str) ->
         with FaultProxy(recorded.server, port):
             code, said = replay_command(recorded)
             check_recorded(recorded, 500)
-    assert code == 0 and said["delivered"] == said["runs"][recorded.home.url] > 8
+    assert code == 0 and said["delivered"] == said["runs"][recorded.home.url] == waiting > 8
     assert replay_command(recorded)[1]["delivered"] == 0
     assert recorded.run().info.status == "FINISHED"
 
@@ -451,7 +458,7 @@ STARTER = """
 import sys
 from pipelines.entries import Begin, Metrics, Target
 from pipelines.storage import Folder
-from pipelines.tracking import recipient_of
+from pipelines.mlflow_door import recipient_of
 uri, home, run_id, number = sys.argv[1:]
 run = recipient_of(Target(uri=uri, experiment=run_id, artifacts="", name="digits", run_id=run_id), Folder(home))
 print("ready", flush=True)

@@ -1,5 +1,6 @@
 import json
 import logging
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.entries import Begin, End, Entry, File, Metrics, Parameters, Picture, Tags, Target
-from pipelines.spool import MB, Spool
+from pipelines.spool import MB, Spool, waiting
 from tests.processes import CODE
 
 TARGET = Target(uri="http://tracker:5000", experiment="e", artifacts="", name="n", run_id="r")
@@ -97,6 +98,23 @@ def test_a_damaged_spool_is_put_aside_and_said(tmp_path: Path, caplog: pytest.Lo
         spool = Spool(path, TARGET)
     assert spool.append(ALL[0]) and emptied(spool) == ALL[:1]
     assert "is damaged" in caplog.text and len(list(tmp_path.glob("spool.db.damaged-*"))) == 1
+
+
+def test_a_look_changes_nothing(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "spool.db", TARGET)
+    for entry in ALL:
+        spool.append(entry)
+    assert waiting(spool.path) == len(ALL) == len(emptied(spool))
+    spool.close()
+    assert waiting(spool.path) == 0
+    damaged = tmp_path / "damaged.db"
+    damaged.write_bytes(b"not a database, but long enough to be taken for one" * 100)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(sqlite3.DatabaseError):
+        waiting(damaged)
+    with pytest.raises(sqlite3.OperationalError):
+        waiting(tmp_path / "nothing.db")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_what_another_version_wrote_is_known_to_be_unknown(tmp_path: Path) -> None:

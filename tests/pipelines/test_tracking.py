@@ -6,9 +6,10 @@ import pytest
 
 from pipelines.champion import record_score
 from pipelines.config import TrackingConfig
+from pipelines.entries import without_password
 from pipelines.errors import ConfigurationError
 from pipelines.storage import Folder
-from pipelines.tracking import Tracker, open_tracker, resolve_uri, without_password
+from pipelines.tracking import Tracker, open_tracker, resolve_uri
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # MLflow's own dependencies
@@ -102,6 +103,7 @@ def test_where_runs_go(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_passwords_are_not_kept() -> None:
     assert without_password("https://me:secret@host:5000/x?y=1") == "https://host:5000/x?y=1"
+    assert without_password("postgresql://host/runs?password=a&user=b") == "postgresql://host/runs?user=b"
     assert without_password("sqlite:////data/mlflow.db") == "sqlite:////data/mlflow.db"
     with pytest.raises(ConfigurationError, match=r"holds a password.*MLFLOW_TRACKING_PASSWORD") as caught:
         TrackingConfig(uri="https://me:secret@host:5000")

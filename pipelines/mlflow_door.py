@@ -1,0 +1,56 @@
+"""The door to MLflow, which takes seconds to import: behind it only when it is needed, and with its settings made."""
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipelines.entries import Target, without_password
+from pipelines.storage import Folder
+
+if TYPE_CHECKING:
+    from pipelines.mlflow_run import MLflowRun
+
+TIMEOUT_S = "5"
+"""For an answer to a request."""
+
+
+def reach(uri: str) -> str:
+    """Return what a tracking URI answers, in a few words, having changed nothing there."""
+    if uri == "none":
+        return "none"
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        return f"{uri}, to be made"
+    be_brief()
+    from pipelines import mlflow_find
+
+    return f"{without_password(uri)} {mlflow_find.reach(without_password(uri))}"
+
+
+def recipient_of(target: Target, home: Folder) -> "MLflowRun":
+    """Return the MLflow run that a target means."""
+    be_brief()
+    from pipelines.mlflow_run import MLflowRun
+
+    if target.uri.startswith("sqlite:///"):
+        Path(target.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    return MLflowRun(target, home)
+
+
+def be_brief() -> None:
+    """Have MLflow give up soon, say little, and send nothing anywhere unasked."""
+    for name, value in (
+        ("MLFLOW_DISABLE_TELEMETRY", "true"),
+        # At once, for a server that fails now and then; for one that is away a delivery has a patience of its own.
+        ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1"),
+        ("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0"),
+        ("MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER", "false"),
+        ("MLFLOW_HTTP_REQUEST_TIMEOUT", TIMEOUT_S),
+        ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
+    ):
+        os.environ.setdefault(name, value)
+    from pipelines import mlflow_find  # noqa: F401  (MLflow sets the level of its own log)
+
+    for name in ("alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # of each request that it sends again
