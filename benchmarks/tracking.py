@@ -34,10 +34,10 @@ from jobs.presets import DIGITS
 from models.init import initialize
 from models.network import build
 from models.schedule import article
-from pipelines.config import TrackingConfig
 from pipelines.fit import Listener, fit, new_state
 from pipelines.storage import Folder
 from pipelines.tracking import Tracker, open_tracker
+from pipelines.tracking_config import TrackingConfig
 
 BROKEN = """
 import http.server, sys

@@ -62,7 +62,7 @@ ARTICLE = SweepJob(
     train=replace(
         DIGITS,
         data=replace(DIGITS.data, held_out=97),
-        fit=replace(DIGITS.fit, images=51_200, log_images=6_400),
+        fit=replace(DIGITS.fit, images=51_200, log_images=6_400, checkpoint_images=12_800, grid_images=12_800),
         evaluate_images=512,
         draw=DrawConfig(sampler="random", steps=100),
     ),

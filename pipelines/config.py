@@ -16,13 +16,13 @@ from models.parallelize import ParallelConfig
 from models.samplers import SAMPLERS, Sampler, ddim
 from models.schedule import ScheduleConfig, Spacing
 from pipelines.cluster import node_labels
-from pipelines.entries import without_password
 from pipelines.errors import ConfigurationError, checked
 from pipelines.fit_config import FitConfig
 from pipelines.images import View
 from pipelines.ingest_plan import IngestConfig
 from pipelines.scaling import ScalingConfig
 from pipelines.storage import Folder
+from pipelines.tracking_config import TrackingConfig, check_model_name
 
 SamplerName = Literal["greedy", "random", "posterior", "ddim", "dpm-solver", "heun"]
 
@@ -104,34 +104,6 @@ class DataConfig:
                 f"data.zoom 1.125 and a data.side of at most {int(side / 1.125)}, or data.crop center"
             )
         return View(side=seen, channels=channels, zoom=self.zoom)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrackingConfig:
-    """Where runs are recorded."""
-
-    uri: str = ""
-    """An MLflow tracking URI, or `none`. Empty: MLFLOW_TRACKING_URI if that is set, else SQLite in the root."""
-    experiment: str = "brickyard"
-    """The MLflow experiment."""
-    log_model: bool = True
-    """Keep the averaged weights in MLflow too, at the end of a run, as a logged model: safetensors and JSON."""
-    register: str = ""
-    """Name of a registered model: the logged model becomes a version of it, and its `candidate`. None if empty."""
-    parent: str = ""
-    """The id of the run that this one is a child of, as jobs/sweep.py sets it."""
-    spool_mb: int = 256
-    """What is to be recorded waits on disk while the tracker is away, up to so many MB; what does not fit is lost,
-    and that is said."""
-
-    def __post_init__(self) -> None:
-        if self.spool_mb < 1:
-            raise ConfigurationError(f"tracking.spool_mb is {self.spool_mb}; it must be at least 1: try 256")
-        if without_password(self.uri) != self.uri:
-            raise ConfigurationError(
-                "tracking.uri holds a password, and configurations are printed and kept: leave it out and set "
-                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,6 +277,9 @@ class ScoreJob:
     """Name of a registered model in MLflow: the network becomes its `champion` if its score is better than that of the
     one that is, on the same data, seeds and settings of the sampler. None if empty."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        check_model_name("promote", self.promote)
 
 
 def check_steps(draw: DrawConfig, schedule: ScheduleConfig) -> None:

@@ -83,7 +83,7 @@ def record_model(client: MlflowClient, run: Run, model: Model) -> None:
         return
     found = find_model(client, run, model.digest) or client.create_logged_model(
         run.info.experiment_id,
-        name=model.name,
+        name=model.name.replace(".", "-"),  # the one character of ours that MLflow has another use for
         source_run_id=run.info.run_id,
         tags={DIGEST: model.digest, "brickyard.checkpoint": model.checkpoint},
         params={"images": str(model.position), "data_digest": model.data_digest},

@@ -29,6 +29,8 @@ STARTS, DROPPED = "brickyard.starts", "brickyard.records_dropped"
 IMAGES_TAG = "mlflow.loggedImages"
 """By this the UI knows that there are pictures."""
 PARENT, CHILD_OF = "mlflow.parentRunId", "brickyard.parent"
+TRAINING_PAGES = "workflowType=machine_learning"
+"""Of the UI; those it opens otherwise are about conversations."""
 THUMBNAIL = 256
 """Pixels along the long side of the picture that the UI shows in a grid."""
 FEW = 100
@@ -73,7 +75,8 @@ class MLflowRun:
         uri = self._target.uri
         if not uri.startswith("http"):
             return f"{Path(sys.prefix) / 'bin' / 'mlflow'} server --backend-store-uri {uri} --port 5000"
-        return f"{uri}/#/experiments/{self._experiment}/runs/{self.run_id}" if self.run_id else ""
+        page = f"{uri}/#/experiments/{self._experiment}/runs/{self.run_id}?{TRAINING_PAGES}"
+        return page if self.run_id else ""
 
     @cached_property
     def _finder(self) -> Finder:

@@ -28,6 +28,7 @@ from pipelines.environment import environment
 from pipelines.errors import BrickyardError, TryAgainError
 from pipelines.invocation import LEAVE_WITH
 from pipelines.plain import to_dict, to_yaml
+from pipelines.replay import ReplayJob, replay
 from pipelines.scoring import METRIC
 from pipelines.storage import Folder
 from pipelines.sweep_plan import SweepJob
@@ -116,6 +117,7 @@ def sweep(job: SweepJob) -> dict[str, Any]:
     with ending(tracker):
         tracker.file("sweep.yaml", to_yaml(job).encode())
         outcomes = _run(job, children, parent)
+        _deliver(children)
         rows = _table(children, outcomes)
         text = _in_words(rows)
         for name, content in (("table.json", json.dumps(rows, indent=1)), ("table.txt", text)):
@@ -166,6 +168,16 @@ def _run(job: SweepJob, children: dict[str, TrainJob], parent: str) -> dict[str,
                 processes.end()
                 pool.shutdown(cancel_futures=True)
     return outcomes
+
+
+def _deliver(children: dict[str, TrainJob]) -> None:
+    """Deliver what children could not: each waited for the tracker for a moment only, while others used the machine."""
+    homes = [child.run.url for child in children.values() if child.run.exists(run_folder.RUN)]
+    try:
+        if homes and (delivered := replay(ReplayJob(runs=tuple(homes)))["delivered"]):
+            log.info("%d records that children had left are delivered", delivered)
+    except BrickyardError as error:
+        log.warning("%s", error)
 
 
 def _last_line(out: str) -> dict[str, Any]:

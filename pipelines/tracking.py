@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from pipelines import leftovers
-from pipelines.config import TrackingConfig
 from pipelines.delivery import Delivery
 from pipelines.entries import (
     Begin,
@@ -39,6 +38,7 @@ from pipelines.images import Pixels, encode
 from pipelines.mlflow_door import recipient_of
 from pipelines.spool import BATCH, MB, Spool
 from pipelines.storage import Folder
+from pipelines.tracking_config import TrackingConfig
 
 if TYPE_CHECKING:
     from pipelines.mlflow_run import MLflowRun

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from playwright.sync_api import Page, sync_playwright
 
-from pipelines.config import TrackingConfig
 from pipelines.entries import DataSet, Model
 from pipelines.replay import ReplayJob, replay
 from pipelines.run_folder import RUN
 from pipelines.storage import Folder
 from pipelines.tracking import now_ms, open_tracker
+from pipelines.tracking_config import TrackingConfig
 
 PATIENCE_MS = 120_000
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",

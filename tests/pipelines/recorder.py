@@ -9,9 +9,9 @@ import sys
 
 import numpy as np
 
-from pipelines.config import TrackingConfig
 from pipelines.storage import Folder
 from pipelines.tracking import open_tracker
+from pipelines.tracking_config import TrackingConfig
 
 NAME, RUN_ID = "digits", "an id of ours"
 

@@ -7,13 +7,14 @@ import pytest
 from jobs.cli import parse
 from jobs.presets import CIFAR10, PRESETS
 from models.parallelize import ParallelConfig
-from pipelines.config import DrawConfig, SampleJob, TrainJob
+from pipelines.config import DrawConfig, SampleJob, ScoreJob, TrainJob
 from pipelines.errors import ConfigurationError
 from pipelines.fit_config import FitConfig
 from pipelines.images import View
 from pipelines.plain import file_as_flags, flatten, from_dict, to_dict, to_yaml
 from pipelines.rehearsal import memory_per_worker
 from pipelines.scaling import ScalingConfig
+from pipelines.tracking_config import TrackingConfig
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -104,6 +105,13 @@ def test_a_bad_training_job_is_refused(change: dict[str, object], message: str) 
 def test_bad_scaling_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         ScalingConfig(**change)
+
+
+def test_a_model_that_mlflow_could_not_name_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"tracking\.register is 'a/b'; .* no '/'"):
+        TrackingConfig(register="a/b")
+    with pytest.raises(ConfigurationError, match=r"promote is 'models:/a'"):
+        ScoreJob(samples="samples", promote="models:/a")
 
 
 def test_more_steps_than_the_schedule_has_are_refused() -> None:

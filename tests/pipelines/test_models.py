@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from pipelines.champion import promote, record_score
-from pipelines.config import TrackingConfig
 from pipelines.entries import DataSet, Model
 from pipelines.errors import ConfigurationError, TryAgainError
 from pipelines.replay import ReplayJob, replay
 from pipelines.run_folder import RUN
 from pipelines.storage import Folder
 from pipelines.tracking import Tracker, now_ms, open_tracker
+from pipelines.tracking_config import TrackingConfig
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # MLflow's own dependencies
@@ -85,7 +85,7 @@ def client(mlflow_server: str) -> Any:
 def test_a_run_names_its_data_and_keeps_its_model_once(
     folder: Folder, mlflow_server: str, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Run(folder, mlflow_server)
+    run = Run(folder, mlflow_server, "rates.seed-0")
     data = DataSet("digits", DATA, "s3://bucket/digits", {"rows": 1797})
     for _ in range(2):  # as a second start says it again
         mlflow_id = run.finish(data, run.model(loss=0.5), metrics={"loss": 0.5})
@@ -95,7 +95,11 @@ def test_a_run_names_its_data_and_keeps_its_model_once(
     assert {tag.key: tag.value for tag in one.tags}["brickyard.digest"] == DATA
 
     (model,) = client.search_logged_models([mlflow_run.info.experiment_id], f"source_run_id = '{mlflow_id}'")
-    assert model.status == "READY" and model.params == {"images": "300", "data_digest": DATA}
+    assert (
+        model.name == "rates-seed-0"
+        and model.status == "READY"
+        and model.params == {"images": "300", "data_digest": DATA}
+    )
     assert [(m.key, m.value, m.step, m.dataset_digest) for m in model.metrics] == [("loss", 0.5, 300, DATA[:36])]
     assert [(output.model_id, output.step) for output in mlflow_run.outputs.model_outputs] == [(model.model_id, 300)]
     import mlflow

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 from pipelines import tracking
-from pipelines.config import TrackingConfig
 from pipelines.errors import TryAgainError
 from pipelines.replay import ReplayJob, dry_run, replay
 from pipelines.run_folder import count_start
 from pipelines.storage import Folder
 from pipelines.tracking import Tracker, open_tracker
+from pipelines.tracking_config import TrackingConfig
 from tests.conftest import free_ports
 from tests.faults.proxy import FaultProxy, Rule
 from tests.pipelines import recorder

@@ -11,7 +11,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from pipelines.cluster import check_node_labels
-from pipelines.config import DataConfig, TrackingConfig, TrainJob
+from pipelines.config import DataConfig, TrainJob
 from pipelines.errors import ConfigurationError
 from pipelines.images import View, encode
 from pipelines.ingest import IngestJob, ingest, ingest_job
@@ -19,6 +19,7 @@ from pipelines.ingest_plan import IngestConfig, IngestPlan
 from pipelines.plan import Plan
 from pipelines.storage import Folder
 from pipelines.stream import Deal, batches, open_stream
+from pipelines.tracking_config import TrackingConfig
 from pipelines.training import train
 from tests.pipelines.helpers import WhereItDigests, WhereItReads, WhereItWrites
 

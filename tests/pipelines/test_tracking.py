@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from pipelines.champion import record_score
-from pipelines.config import TrackingConfig
 from pipelines.entries import without_password
 from pipelines.errors import ConfigurationError
 from pipelines.storage import Folder
 from pipelines.tracking import Tracker, open_tracker, resolve_uri
+from pipelines.tracking_config import TrackingConfig
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # MLflow's own dependencies
