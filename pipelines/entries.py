@@ -16,6 +16,7 @@ class Begin:
 
     start: int
     """Which one, from 1."""
+    at_ms: int
 
 
 @dataclass(frozen=True)

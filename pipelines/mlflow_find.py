@@ -81,8 +81,11 @@ class Finder:
         self._client, self._target, self._home = tracker, target, home
         self._claim = f"mlflow-{target.key}.json"
 
-    def open(self) -> Found:
+    def open(self, began_ms: int | None = None) -> Found:
         """Find the run, restore it if somebody has deleted it, or make it.
+
+        Args:
+            began_ms: when it has begun if it is new; None: now.
 
         Raises:
             Exception: whatever the tracker or the storage has.
@@ -93,7 +96,7 @@ class Finder:
             experiment = self._experiment()
             first = next(iter(self._same(experiment)), None)
             made = first or self._client.create_run(
-                experiment, tags={TAG: self._target.run_id}, run_name=self._target.name
+                experiment, began_ms, tags={TAG: self._target.run_id}, run_name=self._target.name
             )
             run = self._agree(made, is_claimed=bool(claimed))
             if first is None and run is made:

@@ -93,7 +93,7 @@ class MLflowRun:
             Exception: if they are not on record and may be later.
         """
         if not self.run_id:
-            self._open()
+            self._open(entries[0])
         match entries[0]:
             case Begin() as begin:
                 self._begin(begin)
@@ -257,10 +257,11 @@ class MLflowRun:
         run = self._finder.find(self.run_id)
         return run is None or not is_active(run)
 
-    def _open(self) -> None:
+    def _open(self, first: Entry | None = None) -> None:
+        """Find the run, or make it: then it has begun when its first entry says so, which may be a while ago."""
         self.run_id, self._on_record = "", {}
         self.__dict__.pop("_pictures", None)
-        run, self._is_new = self._finder.open()
+        run, self._is_new = self._finder.open(first.at_ms if isinstance(first, Begin) else None)
         self._experiment, self._parameters = run.info.experiment_id, set(run.data.params)
         self.run_id = run.info.run_id
 

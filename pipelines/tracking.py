@@ -178,7 +178,7 @@ class SpooledTracker(Tracker):
         self._said: set[str] = set()
         self._delivered = False
         self._models: list[Model] = []
-        self.append(Begin(start))
+        self.append(Begin(start, now_ms()))
         self._delivery = Delivery(spool, recipient, lambda: leftovers.brought(home, spool.target.key))
 
     @property

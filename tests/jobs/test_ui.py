@@ -46,12 +46,14 @@ def page(mlflow_server: str) -> Iterator[Page]:
         chromium.close()
 
 
-def record(folder: Folder, uri: str, name: str, learning_rate: str, loss: float, register: str) -> str:
+def record(
+    folder: Folder, uri: str, name: str, learning_rate: str, loss: float, register: str = "", parent: str = ""
+) -> str:
     """Record a run that has learned to a loss; return MLflow's id of it."""
     home, run_id = folder / "runs" / name, uuid.uuid4().hex
     home.put(RUN, json.dumps({"id": run_id}).encode())
     (home / "export").put("config.json", json.dumps({"checkpoint_digest": run_id}).encode())
-    config = TrackingConfig(uri=uri, experiment="pages")
+    config = TrackingConfig(uri=uri, experiment="pages", parent=parent)
     tracker = open_tracker(config, folder, home, name, run_id, {"fit.learning_rate": learning_rate}, {"a": "tag"})
     tracker.append(DataSet("digits", "d" * 64, "s3://bucket/digits", {"rows": 1797}))
     for position in (100, 200):
@@ -103,3 +105,38 @@ def test_runs_can_be_compared_looked_at_and_followed_to_their_models(
     page.goto(f"/#/models/{registered}")
     page.get_by_text("candidate", exact=False).first.wait_for()
     page.get_by_text("Version 2", exact=False).first.wait_for()
+
+
+def test_a_sweep_is_a_tree_in_the_order_of_its_scores_with_pictures(
+    tmp_path: Path, mlflow_server: str, page: Page
+) -> None:
+    folder, parent = Folder(str(tmp_path)), uuid.uuid4().hex
+    home = folder / "sweeps" / "rates"
+    home.put(RUN, json.dumps({"id": parent}).encode())
+    sweep = open_tracker(TrackingConfig(uri=mlflow_server, experiment="pages"), folder, home, "rates", parent, {}, {})
+    worse = record(folder, mlflow_server, "rates.worse", "0.1", 0.5, parent=parent)
+    better = record(folder, mlflow_server, "rates.better", "0.2", 0.25, parent=parent)
+    sweep.finish("FINISHED")
+    replay(ReplayJob(runs=(home.url,), patience_s=120))
+    address, _, query = sweep.see.partition("?")
+    assert query == "workflowType=machine_learning" and address.endswith(sweep.tracker_id)
+
+    page.goto(sweep.see)
+    page.get_by_text("Model training").first.wait_for()
+    for shown in ("Child runs", "rates.better", "rates.worse"):
+        page.get_by_text(shown, exact=False).first.wait_for()
+
+    runs = address.partition("#")[2].rpartition("/")[0]
+    page.goto("about:blank")
+    page.goto(f"/#{runs}?orderByKey=metrics.%60loss%60&orderByAsc=true&{query}")
+    rows = page.locator(f"a[href*='{better}'], a[href*='{worse}']")
+    page.locator(f"a[href*='{worse}']").first.wait_for()
+    shown = [name for row in rows.all() if (name := row.inner_text()).startswith("rates.")]
+    assert shown == ["rates.better", "rates.worse"]
+
+    page.goto("about:blank")
+    page.goto(f"/#{runs}/{better}/model-metrics?{query}")
+    card = page.get_by_text("samples", exact=True).first
+    card.wait_for()
+    card.scroll_into_view_if_needed()
+    page.wait_for_function("() => [...document.images].some(image => image.naturalWidth == 256)")

@@ -401,6 +401,7 @@ def test_the_process_leaves_a_server_that_is_away(recorded: Yard, fault: str) ->
     assert say(process, "") == "ready\n"
     assert process.stdout and process.stdout.readline() == "recorded 500\n"
     out, err = process.communicate("end\n", timeout=60)
+    left_ms = time.time() * 1000
     assert process.returncode == 0, err
     assert json.loads(out) == {"tracker_id": "", "see": f"python jobs/replay.py {recorded.home.url}"}
     assert "Traceback" not in err and "has not taken all" in err
@@ -418,7 +419,8 @@ def test_the_process_leaves_a_server_that_is_away(recorded: Yard, fault: str) ->
             check_recorded(recorded, 500)
     assert code == 0 and said["delivered"] == said["runs"][recorded.home.url] == waiting > 8
     assert replay_command(recorded)[1]["delivered"] == 0
-    assert recorded.run().info.status == "FINISHED"
+    run = recorded.run().info
+    assert run.status == "FINISHED" and run.start_time < run.end_time < left_ms, "when it was, not when it is told"
 
 
 @pytest.mark.parametrize("fault", ["none", "500", "dropped"])
@@ -463,7 +465,7 @@ uri, home, run_id, number = sys.argv[1:]
 run = recipient_of(Target(uri=uri, experiment=run_id, artifacts="", name="digits", run_id=run_id), Folder(home))
 print("ready", flush=True)
 sys.stdin.readline()
-run.take([Begin(int(number))])
+run.take([Begin(int(number), 7)])
 run.take([Metrics({f"of_{number}": 1.0}, 1, 1)])
 print(run.run_id)
 """

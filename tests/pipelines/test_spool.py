@@ -13,7 +13,7 @@ from tests.processes import CODE
 
 TARGET = Target(uri="http://tracker:5000", experiment="e", artifacts="", name="n", run_id="r")
 ALL: list[Entry] = [
-    Begin(7),
+    Begin(7, 8),
     Parameters({"seed": "0"}),
     Metrics({"loss": 0.1, "gone": float("inf")}, 100, 8),
     Metrics({"loss": -1e-300}, 200, 9),

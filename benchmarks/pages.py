@@ -1,0 +1,105 @@
+"""The pages of MLflow that compare the children of a sweep, looked at by a browser: pictures for the documentation.
+
+    python benchmarks/pages.py --sweep ~/brickyard/sweeps/article --register digits --out docs
+
+Chromium must be installed; the server is that of MLFLOW_TRACKING_URI, with its user and password.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+import tyro
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from playwright.sync_api import Page, sync_playwright
+
+from pipelines import run_folder
+from pipelines.mlflow_find import TAG
+from pipelines.mlflow_run import PARENT, TRAINING_PAGES
+from pipelines.scoring import METRIC
+from pipelines.storage import Folder
+
+PATIENCE_MS, DRAWN_MS = 120_000, 8_000
+"""To wait for a page, and for its charts, which say nothing when they are drawn."""
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+             "--disable-component-update", "--disable-sync"]  # fmt: skip
+NO_ASSISTANT = """
+localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true');
+localStorage.setItem('mlflow.assistant.panelOpen_v1', 'false');
+"""
+SHOWN = [f"metrics.`{METRIC}`", "metrics.`validation_loss`", "params.`schedule.kind`", "params.`schedule.T`",
+         "params.`draw.sampler`", "params.`draw.steps`", "params.`fit.objective.loss`"]  # fmt: skip
+"""Columns of the table of runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Take pictures of MLflow's pages."""
+
+    sweep: str
+    """Folder of the sweep."""
+    register: str
+    """The registered model that its children are versions of."""
+    out: Path
+    """Folder for the pictures."""
+
+
+@contextmanager
+def browser(uri: str) -> Iterator[Page]:
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=ARGUMENTS)
+        name, password = os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]
+        context = chromium.new_context(
+            base_url=uri, http_credentials={"username": name, "password": password},
+            viewport={"width": 1600, "height": 1000},
+        )  # fmt: skip
+        context.set_default_timeout(PATIENCE_MS)
+        context.add_init_script(NO_ASSISTANT)
+        yield context.new_page()
+        chromium.close()
+
+
+def children_of(client: MlflowClient, sweep: Folder) -> tuple[Run, list[Run]]:
+    """Return the run of a sweep and those of its children, the best first."""
+    everywhere = [experiment.experiment_id for experiment in client.search_experiments()]
+    (parent,) = client.search_runs(everywhere, f"tags.`{TAG}` = '{run_folder.run_id(sweep)}'")
+    best_first = [f"metrics.`{METRIC}` ASC"]
+    return parent, client.search_runs(
+        everywhere, f"tags.`{PARENT}` = '{parent.info.run_id}' AND metrics.`{METRIC}` > 0", order_by=best_first
+    )
+
+
+def open_page(page: Page, address: str, shown: str) -> None:
+    """Open a page of the UI anew, and wait for some words on it."""
+    page.goto("about:blank")  # pages differ in what follows #, so the browser would stay on the old one
+    page.goto(f"/#/{address}{'&' if '?' in address else '?'}{TRAINING_PAGES}")
+    page.get_by_text(shown, exact=False).first.wait_for()
+    page.wait_for_timeout(DRAWN_MS)
+
+
+def main() -> None:
+    settings = tyro.cli(Settings, description=__doc__)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    uri = os.environ["MLFLOW_TRACKING_URI"]
+    parent, children = children_of(MlflowClient(uri), Folder(settings.sweep))
+    experiment, best = parent.info.experiment_id, children[0]
+    ids = quote(json.dumps([run.info.run_id for run in children]))
+    with browser(uri) as page:
+        open_page(page, f"compare-runs?runs={ids}&experiments={quote(json.dumps([experiment]))}", best.info.run_name)
+        page.screenshot(path=settings.out / "mlflow-compare.png")
+        open_page(page, f"experiments/{experiment}/runs/{best.info.run_id}", "fit.learning_rate")
+        page.screenshot(path=settings.out / "mlflow-run.png")
+        open_page(page, f"experiments/{experiment}/runs/{best.info.run_id}/model-metrics", "validation_loss")
+        page.screenshot(path=settings.out / "mlflow-metrics.png")
+        open_page(page, f"models/{settings.register}", "candidate")
+        page.screenshot(path=settings.out / "mlflow-model.png")
+
+
+if __name__ == "__main__":
+    main()
