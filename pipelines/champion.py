@@ -4,7 +4,7 @@ import logging
 from typing import Any
 
 from pipelines.entries import without_password
-from pipelines.errors import ConfigurationError, TryAgainError
+from pipelines.errors import BrickyardError, ConfigurationError, TryAgainError
 from pipelines.mlflow_door import be_brief
 
 log = logging.getLogger("brickyard.scoring")
@@ -49,7 +49,8 @@ def promote(uri: str, run_id: str, name: str, result: dict[str, Any], metric: st
 
     Raises:
         ConfigurationError: if it is not on record where the network comes from.
-        TryAgainError: if the tracker does not do as it is told.
+        BrickyardError: if the tracker will not do as it is told.
+        TryAgainError: if it may later.
     """
     if uri in ("", "none") or not run_id:
         raise ConfigurationError(
@@ -63,8 +64,8 @@ def promote(uri: str, run_id: str, name: str, result: dict[str, Any], metric: st
         client = mlflow_find.client(without_password(uri))
         verdict = mlflow_models.promote(client, mlflow_find.run_of(client, run_id), name, result, metric)
     except Exception as error:
-        raise TryAgainError(
-            f"MLflow at {without_password(uri)} did not promote a version of {name!r}: {error}; run the same command "
-            "again"
-        ) from error
+        said = f"MLflow at {without_password(uri)} did not promote a version of {name!r}: {error}"
+        if mlflow_find.is_final(error):
+            raise BrickyardError(said) from error
+        raise TryAgainError(f"{said}; run the same command again") from error
     return {"promoted": verdict.promoted, "why": verdict.why}

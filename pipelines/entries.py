@@ -33,6 +33,8 @@ class Metrics:
     values: dict[str, float]
     position: int
     at_ms: int
+    anew: bool = False
+    """Whether they replace others at their position; otherwise what is computed again is not recorded again."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,10 @@ class Picture:
 
 @dataclass(frozen=True)
 class File:
-    """A file; the name may have folders before it."""
+    """A file, as a start has it; the name may have folders before it."""
 
     name: str
+    start: int
     data: bytes
 
 

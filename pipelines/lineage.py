@@ -1,5 +1,7 @@
 """Where things come from: the revision of the code, and the network behind a checkpoint."""
 
+import json
+import os
 import platform
 import subprocess
 from dataclasses import dataclass
@@ -24,7 +26,12 @@ from pipelines.storage import Folder
 
 
 def git_revision() -> str:
-    """Return the revision of this code, with ``+`` if it was changed since, or an empty string outside a checkout."""
+    """Return the revision of this code, with ``+`` if it was changed since.
+
+    Outside of a checkout, as where ``ray job submit`` brings the code, it is what ``BRICKYARD_GIT_REVISION`` says.
+    """
+    if said := os.environ.get("BRICKYARD_GIT_REVISION"):
+        return said
     here = Path(__file__).parent
     try:
         answer = subprocess.run(
@@ -34,6 +41,12 @@ def git_revision() -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
     return answer.stdout.strip()
+
+
+def ray_job() -> str:
+    """Return the id of the job that this process was submitted to Ray as, or an empty string."""
+    told = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))  # so Ray 2.60 tells the entrypoint
+    return str((told.get("metadata") or {}).get("job_submission_id", ""))
 
 
 def installed() -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.entries import Target, without_password
+from pipelines.errors import ConfigurationError
 from pipelines.storage import Folder
 
 if TYPE_CHECKING:
@@ -35,6 +36,21 @@ def recipient_of(target: Target, home: Folder) -> "MLflowRun":
     if target.uri.startswith("sqlite:///"):
         Path(target.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     return MLflowRun(target, home)
+
+
+def check_trusted(uri: str) -> None:
+    """Check an address that was read from a file, before credentials of the environment go there.
+
+    Raises:
+        ConfigurationError: if there are some, and the environment does not name the address too.
+    """
+    secret = any(os.environ.get(f"MLFLOW_TRACKING_{name}") for name in ("PASSWORD", "TOKEN"))
+    named = without_password(os.environ.get("MLFLOW_TRACKING_URI", ""))
+    if secret and uri.startswith("http") and uri.rstrip("/") != named.rstrip("/"):
+        raise ConfigurationError(
+            f"MLFLOW_TRACKING_URI is {named!r}; the run is recorded at {uri}, which would be sent the password of the "
+            f"environment: set MLFLOW_TRACKING_URI={uri} if it may have it"
+        )
 
 
 def be_brief() -> None:

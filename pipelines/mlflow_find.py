@@ -48,6 +48,12 @@ def is_refusal(error: Exception) -> bool:
     return isinstance(error, MlflowException) and error.error_code in REFUSALS
 
 
+def is_final(error: Exception) -> bool:
+    """Whether to ask again is in vain: it is refused, or we have no leave to ask."""
+    not_ours = {"PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"}
+    return is_refusal(error) or (isinstance(error, MlflowException) and error.error_code in not_ours)
+
+
 def is_broken_off(error: BaseException) -> bool:
     """Whether the connection broke, and not because of somebody's patience; MLflow's error stands before requests'."""
     cause = error.__cause__ or error.__context__
@@ -185,5 +191,10 @@ def run_of(tracker: MlflowClient, run_id: str) -> Run:
     Raises:
         MlflowException: if there is none.
     """
-    experiments = [experiment.experiment_id for experiment in tracker.search_experiments()]
-    return next(iter(with_tag(tracker, experiments, run_id)), None) or tracker.get_run(run_id)
+    token: str | None = ""
+    while token is not None:
+        page = tracker.search_experiments(page_token=token or None)
+        if found := with_tag(tracker, [experiment.experiment_id for experiment in page], run_id):
+            return found[0]
+        token = page.token or None
+    return tracker.get_run(run_id)

@@ -77,6 +77,9 @@ def record_data_set(client: MlflowClient, run: Run, data: DataSet) -> None:
 def record_model(client: MlflowClient, run: Run, model: Model) -> None:
     """Record a model with its measurements, and register it if it is to be; not if its folder has others by now."""
     folder = Folder(model.folder)
+    if any(Path(name).name != name for name in model.files) or not model.digest:  # it comes out of a file
+        log.warning("%s is no model of ours, which is not on record", model.files)
+        return
     if (other := json.loads(folder.get(ABOUT)).get("checkpoint_digest")) != model.digest:
         log.warning("%s holds another checkpoint by now (%s): that of %d images is not on record as a model",
                     folder.url, other, model.position)  # fmt: skip
@@ -95,8 +98,9 @@ def record_model(client: MlflowClient, run: Run, model: Model) -> None:
                 (Path(temporary) / name).write_bytes(folder.get(name))
             with _patience(sum(path.stat().st_size for path in Path(temporary).iterdir())):
                 client.log_model_artifacts(found.model_id, temporary)
-        client.finalize_logged_model(found.model_id, LoggedModelStatus.READY)
-        client.log_outputs(run.info.run_id, [LoggedModelOutput(found.model_id, model.position)])
+        if found.model_id not in {one.model_id for one in run.outputs.model_outputs}:
+            client.log_outputs(run.info.run_id, [LoggedModelOutput(found.model_id, model.position)])
+        client.finalize_logged_model(found.model_id, LoggedModelStatus.READY)  # last: ready is done
     record_metrics(client, run, found, model.metrics, model.position, model.at_ms, model.data_name, model.data_digest)
     if model.register:
         version = _version_of(client, run, found, model.register)
@@ -117,12 +121,11 @@ def record_metrics(
 
     MLflow records them of the run too, so they take the time of what the run has: then they are one and the same.
     """
-    known = {(metric.key, metric.step) for metric in model.metrics or []}
     new = []
     for key, value in values.items():
-        if (key, position) not in known:
-            same = [one for one in client.get_metric_history(run.info.run_id, key) if one.step == position]
-            one = same[0] if same else Metric(key, value, at_ms, position)
+        if not _has(model.metrics or [], key, position, value):
+            history = client.get_metric_history(run.info.run_id, key)
+            one = _has(history, key, position, value) or Metric(key, value, at_ms, position)
             new.append(Metric(key, one.value, one.timestamp, position, model.model_id, data_name, data_digest[:36]))
     if new:
         client.log_batch(run.info.run_id, metrics=new)
@@ -131,13 +134,19 @@ def record_metrics(
 def record_score(client: MlflowClient, run: Run, metric: str, value: float, lineage: dict[str, Any]) -> None:
     """Write one score, once, to a run that has ended, and to its model if the score is of that."""
     position, run_id = lineage["position"], run.info.run_id
-    known = client.get_metric_history(run_id, metric)
-    if not any(one.step == position and math.isclose(one.value, value, rel_tol=1e-12) for one in known):
+    if not _has(client.get_metric_history(run_id, metric), metric, position, value):
         client.log_metric(run_id, metric, value, step=position)
-    if model := find_model(client, run, lineage["checkpoint_digest"]):
+    model = find_model(client, run, lineage["checkpoint_digest"])
+    if model and _is_of_the_model(lineage):
         data = lineage["data_digest"]
         name = Folder(lineage["data_url"]).name
         record_metrics(client, run, model, {metric: value}, position, get_current_time_millis(), name, data)
+
+
+def _has(metrics: list[Metric], key: str, position: int, value: float) -> Metric | None:
+    """Return the value among metrics, if it is there."""
+    same = (one for one in metrics if (one.key, one.step) == (key, position))
+    return next((one for one in same if math.isclose(one.value, value, rel_tol=1e-12)), None)
 
 
 @contextmanager
@@ -155,7 +164,12 @@ def _patience(size_bytes: int) -> Iterator[None]:
 def find_model(client: MlflowClient, run: Run, digest: str) -> LoggedModel | None:
     """Return the model of a run that was made of a checkpoint."""
     words = f"tags.`{DIGEST}` = '{digest}' AND source_run_id = '{run.info.run_id}'"
-    return next(iter(client.search_logged_models([run.info.experiment_id], words, max_results=1)), None)
+    same = client.search_logged_models([run.info.experiment_id], words)
+    best, *others = sorted(same, key=lambda one: one.status != LoggedModelStatus.READY) or [None]
+    for other in others:  # a lost answer leaves one that nobody knows of
+        if other.status != LoggedModelStatus.READY:
+            client.delete_logged_model(other.model_id)
+    return best
 
 
 def promote(client: MlflowClient, run: Run, name: str, result: dict[str, Any], metric: str) -> Verdict:
@@ -169,40 +183,54 @@ def promote(client: MlflowClient, run: Run, name: str, result: dict[str, Any], m
         metric: the name of the score in it; less is better.
     """
     digest, score = result["lineage"]["checkpoint_digest"], result[metric]
-    model = find_model(client, run, digest)
+    model, champion = find_model(client, run, digest), _champion(client, name)
     if model is None:
         return Verdict(False, f"MLflow has no model of {result['lineage']['checkpoint']}: score the newest checkpoint")
-    terms = {key: json.dumps(_terms(result)[key]) for key in MEASURED_ON}
-    champion = _champion(client, name)
-    if champion is not None and (not _is(champion, model) or "brickyard.score" in champion.tags):
-        theirs = {key: champion.tags.get(f"brickyard.{key}", "nothing") for key in MEASURED_ON}
-        differing = [f"{key} {theirs[key]}, not {terms[key]}" for key in MEASURED_ON if theirs[key] != terms[key]]
-        if differing:
-            return Verdict(
-                False,
-                f"version {champion.version}, the {CHAMPION}, was scored on {'; '.join(differing)}: score both alike",
-            )
-        best = float(champion.tags["brickyard.score"])
-        if _is(champion, model):
-            return Verdict(True, f"version {champion.version} is the {CHAMPION} already, {metric} {best:.6g}")
-        if not score < best:
-            return Verdict(
-                False, f"{metric} is {score:.6g}; version {champion.version}, the {CHAMPION}, has {best:.6g}"
-            )
-        why = f"{metric} is {score:.6g}; version {champion.version}, the {CHAMPION} until now, has {best:.6g}"
-    else:
-        why = f"{metric} is {score:.6g}; there was no other {CHAMPION}"
-    if math.isnan(score):
-        return Verdict(False, f"{metric} is {score}")
+    if why_not := _objection(champion, model, result, metric):
+        return Verdict(False, why_not)
     version = _version_of(client, run, model, name)
-    for key, value in {"score": repr(score), "metric": metric, **terms}.items():
+    for key, value in {"score": repr(score), "metric": metric, **_terms(result)}.items():
         client.set_model_version_tag(name, version.version, f"brickyard.{key}", value)
     client.set_registered_model_alias(name, CHAMPION, version.version)
-    return Verdict(True, f"version {version.version} is the {CHAMPION}: {why}")
+    before = (
+        f"there was no other {CHAMPION}" if champion is None
+        else f"it was so already, with {champion.tags.get('brickyard.score')}" if _is(champion, model)
+        else f"version {champion.version}, the {CHAMPION} until now, has {float(champion.tags['brickyard.score']):.6g}"
+    )  # fmt: skip
+    return Verdict(True, f"version {version.version} is the {CHAMPION}: {metric} is {score:.6g}; {before}")
 
 
-def _terms(result: dict[str, Any]) -> dict[str, Any]:
-    return {**result, "draw": {k: v for k, v in result["lineage"]["draw"].items() if k != "batch_images"}}
+def _objection(champion: ModelVersion | None, model: LoggedModel, result: dict[str, Any], metric: str) -> str:
+    """Return why a model does not become the champion; nothing if it does. The champion itself may be scored anew, on
+    other terms: then those are what others are held against."""
+    score, terms = result[metric], _terms(result)
+    if not _is_of_the_model(result["lineage"]):
+        return (
+            "the samples are of other weights than those of the model, which are the average: score samples that were "
+            "drawn with --draw.weights ema and no --draw.ema-std"
+        )
+    if math.isnan(score):
+        return f"{metric} is {score}"
+    if champion is None or _is(champion, model):
+        return ""
+    theirs = {key: champion.tags.get(f"brickyard.{key}", "nothing") for key in terms}
+    differing = [f"{key} {theirs[key]}, not {terms[key]}" for key in terms if theirs[key] != terms[key]]
+    if differing:
+        return f"version {champion.version}, the {CHAMPION}, was scored on {'; '.join(differing)}: score both alike"
+    if not score < (best := float(champion.tags["brickyard.score"])):
+        return f"{metric} is {score:.6g}; version {champion.version}, the {CHAMPION}, has {best:.6g}"
+    return ""
+
+
+def _is_of_the_model(lineage: dict[str, Any]) -> bool:
+    """Whether samples were drawn with the weights that are kept as a model."""
+    return lineage["draw"].get("weights", "ema") == "ema" and not lineage["draw"].get("ema_std")
+
+
+def _terms(result: dict[str, Any]) -> dict[str, str]:
+    """Return what two scores must have in common to be compared, as JSON."""
+    draw = {key: value for key, value in result["lineage"]["draw"].items() if key != "batch_images"}
+    return {key: json.dumps({**result, "draw": draw}[key]) for key in MEASURED_ON}
 
 
 def _champion(client: MlflowClient, name: str) -> ModelVersion | None:
@@ -223,11 +251,13 @@ def _version_of(client: MlflowClient, run: Run, model: LoggedModel, name: str) -
             raise
     same = [one for one in client.search_model_versions(f"name = '{name}'") if _is(one, model)]
     source, tags = f"models:/{model.model_id}", {MODEL: model.model_id}
-    return (
-        same[0]
-        if same
-        else client.create_model_version(name, source, run.info.run_id, tags=tags, model_id=model.model_id)
-    )
+    if not same:
+        client.create_model_version(name, source, run.info.run_id, tags=tags, model_id=model.model_id)
+        same = [one for one in client.search_model_versions(f"name = '{name}'") if _is(one, model)]
+    first, *others = sorted(same, key=lambda one: int(one.version))
+    for other in others:  # after a lost answer the request was sent again
+        client.delete_model_version(name, other.version)
+    return first
 
 
 def _is(version: ModelVersion, model: LoggedModel) -> bool:

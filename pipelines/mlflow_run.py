@@ -4,6 +4,7 @@ nothing changes. With :mod:`pipelines.mlflow_find` and :mod:`pipelines.mlflow_mo
 
 import io
 import logging
+import math
 import posixpath
 import re
 import sys
@@ -22,7 +23,7 @@ from pipelines import mlflow_models
 from pipelines.entries import Begin, DataSet, End, Entry, File, Metrics, Model, Parameters, Picture, Tags, Target
 from pipelines.mlflow_find import TAG, Finder, client, is_active, is_broken_off, is_refusal, with_tag
 from pipelines.mlflow_models import record_data_set, record_model
-from pipelines.spool import BATCH
+from pipelines.spool import BATCH, FEW
 from pipelines.storage import Folder
 
 STARTS, DROPPED = "brickyard.starts", "brickyard.records_dropped"
@@ -33,8 +34,6 @@ TRAINING_PAGES = "workflowType=machine_learning"
 """Of the UI; those it opens otherwise are about conversations."""
 THUMBNAIL = 256
 """Pixels along the long side of the picture that the UI shows in a grid."""
-FEW = 100
-"""Parameters or tags that one request may hold."""
 PROBES = 5
 """As many requests as an entry may need: a server that fails now and then fails one of them."""
 KEY = re.compile(r"[\w./ -]+")
@@ -59,8 +58,8 @@ class MLflowRun:
         self._target, self._home = target, home
         self._experiment = ""
         self._parameters: set[str] = set()
-        self._on_record: dict[str, set[int]] = {}
-        """Positions of each metric, as far as they were looked up."""
+        self._on_record: dict[str, dict[int, float]] = {}
+        """The newest value at each position of a metric, as far as they were looked up."""
         self._is_new = False
         self._said: set[str] = set()
 
@@ -109,6 +108,8 @@ class MLflowRun:
             case Picture() as picture:
                 self._send([picture], lambda some: self._picture(some[0]), lambda one: f"the picture {one.key}", 1)
             case File() as file:
+                if _is_past(self._look(), file.start):
+                    return
                 self._send([file], lambda some: self._file(some[0].name, some[0].data), lambda one: one.name, 1)
             case DataSet() as data:
                 self._send([data], lambda some: record_data_set(self._client, self._look(), some[0]), _named, 1)
@@ -157,14 +158,16 @@ class MLflowRun:
         new: dict[tuple[str, int], Metric] = {}
         for entry in entries:
             for key, value in entry.values.items():
-                if entry.position not in self._positions(key):
-                    new.setdefault((key, entry.position), Metric(key, value, entry.at_ms, entry.position))
+                place, known = (key, entry.position), self._known(key).get(entry.position)
+                before = new[place].value if place in new else known
+                if before is None or (entry.anew and not math.isclose(before, value, rel_tol=1e-12)):
+                    new[place] = Metric(key, value, entry.at_ms, entry.position)
         self._send(list(new.values()), lambda some: self._log(metrics=some), lambda one: f"the metric {one.key}", BATCH)
-        for key, position in new:
-            self._positions(key).add(position)
+        for (key, position), metric in new.items():
+            self._known(key)[position] = metric.value
 
-    def _positions(self, key: str) -> set[int]:
-        """Return the positions of a metric that are on record: what is computed again is not recorded again."""
+    def _known(self, key: str) -> dict[int, float]:
+        """Return what is on record of a metric, by position."""
         if key not in self._on_record:
             try:
                 history = self._client.get_metric_history(self.run_id, key) if not self._is_new else []
@@ -172,7 +175,7 @@ class MLflowRun:
                 if not is_refusal(error):  # a name that it does not know how to spell has no history
                     raise
                 history = []
-            self._on_record[key] = {metric.step for metric in history}
+            self._on_record[key] = {metric.step: metric.value for metric in sorted(history, key=_time)}
         return self._on_record[key]
 
     def _picture(self, picture: Picture) -> None:
@@ -264,6 +267,10 @@ class MLflowRun:
         run, self._is_new = self._finder.open(first.at_ms if isinstance(first, Begin) else None)
         self._experiment, self._parameters = run.info.experiment_id, set(run.data.params)
         self.run_id = run.info.run_id
+
+
+def _time(metric: Metric) -> int:
+    return int(metric.timestamp)
 
 
 def _named(one: DataSet | Model) -> str:

@@ -123,6 +123,7 @@ class Record:
         """Where the first workers began, in images; None: none have."""
         self._wire, self._tracker, self._on_commit = wire, tracker, on_commit
         self._progress = TrainingProgress(images)
+        self._starts = 0
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="record", daemon=True)
         self._thread.start()
@@ -178,6 +179,8 @@ class Record:
                 )  # fmt: skip
             case Started(position, workers):
                 log.info("%d workers train from %d images on", workers, position)
+                self._starts += 1
+                self._tracker.tags({"brickyard.workers": str(workers), "brickyard.worker_starts": str(self._starts)})
                 if self.started_at is None:
                     self.started_at = position
             case Warned(_, text):

@@ -1,6 +1,7 @@
 """What runs have recorded and no tracker has taken yet, delivered."""
 
 import logging
+import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 from pipelines import leftovers
 from pipelines.delivery import Delivery
 from pipelines.errors import ConfigurationError, DataError, TryAgainError
-from pipelines.mlflow_door import recipient_of
+from pipelines.mlflow_door import check_trusted, recipient_of
 from pipelines.run_folder import RUN, run_id
 from pipelines.spool import Spool
 from pipelines.storage import Folder
@@ -43,19 +44,26 @@ def replay(job: ReplayJob) -> dict[str, Any]:
         DataError: if a folder is not that of a run, or storage refuses.
         TryAgainError: if a tracker did not take all of it.
     """
-    delivered, waiting = {}, []
-    for url in job.runs:
-        home = _run(url)
+    delivered: dict[str, int] = {}
+    waiting: list[str] = []
+    away: set[str] = set()
+    for home in map(_run, job.runs):
         delivered[home.url] = 0
         for spool in _spools(home):
-            held = spool.entries()
+            held, uri = spool.entries(), spool.target.uri
             if not held:
                 continue
-            log.info("%s: %d records for %s", home.url, held, spool.target.uri)
+            if uri in away:  # to wait for it once is enough
+                waiting.append(f"{held} records of {home.url} for {uri}")
+                continue
+            log.info("%s: %d records for %s", home.url, held, uri)
+            check_trusted(uri)
             delivery = Delivery(spool, recipient_of(spool.target, home))
             if not delivery.finish(job.patience_s):
                 reason = "another process delivers them" if delivery.shared else "it did not take all of them"
-                waiting.append(f"{spool.entries()} records of {home.url} for {spool.target.uri}: {reason}")
+                waiting.append(f"{spool.entries()} records of {home.url} for {uri}: {reason}")
+                if not delivery.shared:
+                    away.add(uri)
             delivered[home.url] += held - spool.entries()
     if waiting:
         raise TryAgainError(f"{'; '.join(waiting)}; run the same command later")
@@ -82,5 +90,8 @@ def _spools(home: Folder) -> Iterator[Spool]:
     """Yield the spools of a run, the oldest first."""
     yield from leftovers.brought(home)
     for path in leftovers.here(home, run_id(home)):
-        with closing(Spool(path, None)) as spool:
-            yield spool
+        try:
+            with closing(Spool(path, None)) as spool:
+                yield spool
+        except (sqlite3.Error, ValueError) as error:  # damaged, or of another version: the others are none the worse
+            log.warning("%s cannot be delivered: %s", path, error)

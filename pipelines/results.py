@@ -62,7 +62,9 @@ def evaluate(job: TrainJob, trained: Trained, tracker: Tracker) -> dict[str, Any
     )
     log.info("score: comparing %d samples with the data", job.evaluate_images)
     result = score(Comparison.find(folder, reference=None))
-    tracker.metrics({METRIC: result[METRIC]}, position)
+    tracker.metrics({METRIC: result[METRIC]}, position, anew=True)
+    drawn_by, data = f"{job.draw.steps} {job.draw.sampler} steps", result["reference_digest"][:12]
+    tracker.tags({"brickyard.scored_on": f"{job.evaluate_images} samples, {drawn_by}, data {data}"})
     for name in (SHEET, STRIP):
         tracker.file(name, folder.get(name))
     return {

@@ -23,6 +23,7 @@ from pipelines.config import ScoreJob
 from pipelines.errors import ConfigurationError, DataError
 from pipelines.images import Pixels, View
 from pipelines.manifest import Manifest
+from pipelines.mlflow_door import check_trusted
 from pipelines.sampling import MANIFEST, SUCCESS, read_samples
 from pipelines.storage import Folder
 
@@ -207,6 +208,8 @@ def score_job(job: ScoreJob) -> dict[str, Any]:
     result = score(_comparison(job))
     lineage = result["lineage"]
     uri = job.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or lineage["tracking_uri"]
+    if uri == lineage["tracking_uri"]:
+        check_trusted(uri)
     result |= {"recorded": record_score(uri, lineage["tracking_run"], METRIC, result[METRIC], lineage)}
     if job.promote:
         verdict = promote(uri, lineage["tracking_run"], job.promote, result, METRIC)

@@ -2,7 +2,7 @@
 
 One SQLite file in WAL mode for each run and tracker. To append takes no word from any server and no flush of the disk,
 so it takes a fraction of a millisecond; SIGKILL loses nothing of it, a power cut perhaps the last moment. What is in it
-is JSON and bytes: a file from elsewhere can be read without fear.
+is JSON and bytes: nothing of it is ever executed.
 """
 
 import fcntl
@@ -26,6 +26,8 @@ ROW_BYTES = 64
 """What an entry takes beside its content, about."""
 BATCH = 1000
 """Values of metrics that are handed out at once: MLflow takes as many in one request."""
+FEW = 100
+"""Parameters, or tags, in one entry: MLflow takes as many in one request."""
 BUSY_S = 5.0
 """How long one process waits until another has written."""
 
@@ -63,6 +65,8 @@ class Spool:
         except sqlite3.OperationalError:
             raise
         except sqlite3.DatabaseError as error:
+            if target is None:  # it would be made anew for nothing
+                raise
             aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
             path.rename(aside)
             log.warning("%s is damaged (%s) and was put aside as %s; what it held is not on record", path, error, aside)

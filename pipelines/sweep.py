@@ -32,13 +32,15 @@ from pipelines.replay import ReplayJob, replay
 from pipelines.scoring import METRIC
 from pipelines.storage import Folder
 from pipelines.sweep_plan import SweepJob
-from pipelines.tracking import ending, open_tracker
+from pipelines.tracking import ending, open_tracker, resolve_uri
 
 TRAIN = Path(__file__).parent.parent / "jobs" / "train.py"
 COLUMNS = (METRIC, validation.METRIC, "loss", "images", "images_per_s", "seconds")
 """What a child says that goes into the table."""
 AGAIN = {75, 130, -signal.SIGKILL, -signal.SIGTERM}
 """Exit codes of children that the same command continues."""
+LEAVE_S = 60.0
+"""How long children may take to leave before they are killed; it is theirs to tell the tracker, and Ray."""
 
 log = logging.getLogger("brickyard.sweep")
 
@@ -65,7 +67,9 @@ class _Children:
         """Run a child to its end, in a thread. Its log goes to ``<its name>.log`` in the sweep's folder."""
         asked = replace(child, tracking=replace(child.tracking, parent=self._parent))
         with tempfile.TemporaryDirectory() as folder:
-            config, log_file = Path(folder) / "config.yaml", Path(folder) / "log"
+            config, written = Path(folder) / "config.yaml", f"{child.name}.log"
+            where = self._job.folder  # on this machine it can be followed there
+            log_file = Path(where.path(written)) if where.is_local else Path(folder) / "log"
             config.write_text(to_yaml(asked))
             with log_file.open("w") as stderr, self._lock:
                 if self._ending:
@@ -83,7 +87,8 @@ class _Children:
             outcome = Outcome(process.returncode, _last_line(out))
             try:
                 _keep(self._job, apart, child, outcome)
-                self._job.folder.put(f"{child.name}.log", log_file.read_bytes())
+                if not where.is_local:
+                    where.put(written, log_file.read_bytes())
             except BrickyardError as error:  # the others are none the worse
                 log.warning("%s: what it said is not kept: %s", apart, error)
         return outcome
@@ -91,9 +96,14 @@ class _Children:
     def end(self) -> None:
         """Have the children that run leave, as by Ctrl-C; they can be gone on with."""
         with self._lock:
-            self._ending = True
-            for process in self._running:
-                process.terminate()
+            self._ending, running = True, list(self._running)
+        for process in running:
+            process.terminate()
+        for process in running:
+            try:
+                process.wait(timeout=LEAVE_S)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def sweep(job: SweepJob) -> dict[str, Any]:
@@ -117,7 +127,8 @@ def sweep(job: SweepJob) -> dict[str, Any]:
     with ending(tracker):
         tracker.file("sweep.yaml", to_yaml(job).encode())
         outcomes = _run(job, children, parent)
-        _deliver(children)
+        with environment({"MLFLOW_TRACKING_URI": resolve_uri(job.train.tracking, Folder(job.train.root))}):
+            _deliver(children)
         rows = _table(children, outcomes)
         text = _in_words(rows)
         for name, content in (("table.json", json.dumps(rows, indent=1)), ("table.txt", text)):
@@ -176,8 +187,8 @@ def _deliver(children: dict[str, TrainJob]) -> None:
     try:
         if homes and (delivered := replay(ReplayJob(runs=tuple(homes)))["delivered"]):
             log.info("%d records that children had left are delivered", delivered)
-    except BrickyardError as error:
-        log.warning("%s", error)
+    except Exception as error:  # whatever it is, what they have learned is none the worse
+        log.warning("what children left to be recorded is still there: %s", error)
 
 
 def _last_line(out: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import difflib
 import itertools
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import yaml
 
@@ -11,6 +12,9 @@ from pipelines.config import TrainJob
 from pipelines.errors import ConfigurationError
 from pipelines.plain import flatten, from_dict, to_dict
 from pipelines.storage import Folder
+
+COMMA = re.compile(r",(?![^\[]*\])")
+"""Between values; not those within a list."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +25,7 @@ class SweepJob:
     """The sweep's name: its folder below the root, and the name of the run that holds its children in MLflow."""
     grid: tuple[str, ...]
     """Grids such as "fit.learning_rate=1e-3,2e-3 seed=0,1": any settings of jobs/train.py, each with its values, of
-    which every combination is a child. Several grids add up."""
+    which every combination is a child; lists are written [1,2]. Several grids add up."""
     side_by_side: int = 0
     """Children that train at once; 0: as many as the cluster has room for."""
     train: TrainJob
@@ -67,7 +71,7 @@ class SweepJob:
             place = content
             for group in groups:
                 place = place[group]
-            place[last] = yaml.safe_load(value)
+            place[last] = _value(grid, value)
         short = "_".join(f"{name.rpartition('.')[2]}-{value}" for name, value in settings.items())
         content["name"] = f"{self.name}.{re.sub(r'[^A-Za-z0-9._-]+', '-', short)}"
         return from_dict(TrainJob, content, f"grid {grid!r}, child {apart!r}")
@@ -75,7 +79,8 @@ class SweepJob:
     def _axis(self, grid: str, axis: str) -> tuple[str, list[str]]:
         name, equals, values = axis.partition("=")
         name, known = name.removeprefix("--").replace("-", "_"), flatten(to_dict(self.train))
-        if not equals or not all(values.split(",")):
+        listed = COMMA.split(values)
+        if not equals or not all(listed):
             raise ConfigurationError(
                 f"grid is {grid!r}, of which {axis!r} is no SETTING=VALUE,VALUE: try fit.learning_rate=1e-3,2e-3"
             )
@@ -85,7 +90,7 @@ class SweepJob:
                 f"grid is {grid!r}; {name} is no setting of jobs/train.py that children could differ in"
                 + (f": did you mean {near[0]}?" if near else ", whose --help lists them")
             )
-        return name, values.split(",")
+        return name, listed
 
     def room(self, resources: dict[str, float]) -> int:
         """Return how many children train at once on a cluster with these resources, at least one."""
@@ -94,6 +99,15 @@ class SweepJob:
         cpus, gpus = (max(of_one) for of_one in zip(*map(_needs, self.children.values()), strict=True))
         rooms = [resources.get("CPU", 0) / cpus] + ([resources.get("GPU", 0) / gpus] if gpus else [])
         return max(1, int(min(rooms)))
+
+
+def _value(grid: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigurationError(
+            f"grid is {grid!r}; {text!r} is no value: quote it, as YAML would want it, or write a list as [1,2]"
+        ) from error
 
 
 def _needs(child: TrainJob) -> tuple[float, float]:

@@ -12,7 +12,7 @@ import posixpath
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -36,7 +36,7 @@ from pipelines.entries import (
 from pipelines.errors import ConfigurationError
 from pipelines.images import Pixels, encode
 from pipelines.mlflow_door import recipient_of
-from pipelines.spool import BATCH, MB, Spool
+from pipelines.spool import BATCH, FEW, MB, Spool
 from pipelines.storage import Folder
 from pipelines.tracking_config import TrackingConfig
 
@@ -47,8 +47,6 @@ SERVER_PATIENCE_S, FILE_PATIENCE_S = 8.0, 60.0
 """For how long the end of a job waits for a tracker that takes nothing: a server, or a database on this machine."""
 BYTES_PER_S = 1e6
 """And it waits for one that takes something as long as that would need at this rate."""
-FEW = 100
-"""Parameters, or tags, in one entry: MLflow takes as many in one request."""
 MAX_PARAMETER_CHARS, MAX_TAG_CHARS = 6000, 8000
 """What MLflow keeps of a value."""
 
@@ -73,8 +71,9 @@ class Tracker:
         """How to see the run: a command or an address; or what to do so that it can be seen."""
         return ""
 
-    def metrics(self, values: dict[str, float], position: int) -> None:
-        """Record values at a position. Positions that are on record already are passed over."""
+    def metrics(self, values: dict[str, float], position: int, anew: bool = False) -> None:
+        """Record values at a position. Positions that are on record already are passed over, unless the values are to
+        be recorded anew."""
 
     def picture(self, pixels: Pixels, key: str, position: int) -> None:
         """Record a picture, uint8 [H, W, C], at a position; the UI shows those of a key as a sequence."""
@@ -97,13 +96,13 @@ def ending(tracker: Tracker) -> Iterator[None]:
     """End the run as this block ends: FINISHED, KILLED by an interrupt, or FAILED."""
     try:
         yield
-        tracker.finish("FINISHED")
     except KeyboardInterrupt:
         tracker.finish("KILLED")
         raise
     except BaseException:
         tracker.finish("FAILED")
         raise
+    tracker.finish("FINISHED")
 
 
 def resolve_uri(config: TrackingConfig, root: Folder) -> str:
@@ -189,7 +188,7 @@ class SpooledTracker(Tracker):
     def see(self) -> str:
         return self._recipient.url if self._delivered else f"{leftovers.COMMAND} {self._home.url}"
 
-    def metrics(self, values: dict[str, float], position: int) -> None:
+    def metrics(self, values: dict[str, float], position: int, anew: bool = False) -> None:
         numbers = {}
         for key, value in values.items():
             try:
@@ -197,7 +196,7 @@ class SpooledTracker(Tracker):
             except (TypeError, ValueError):
                 self._say(f"metric {key}", "the metric %s is %r, which is no number, and is not on record", key, value)
         for some in _parts(numbers, BATCH):
-            self.append(Metrics(some, int(position), now_ms()))
+            self.append(Metrics(some, int(position), now_ms(), anew))
 
     def picture(self, pixels: Pixels, key: str, position: int) -> None:
         data = encode(np.ascontiguousarray(pixels), "png")
@@ -207,7 +206,7 @@ class SpooledTracker(Tracker):
         if name.startswith(("/", "..")) or posixpath.normpath(name) != name:
             self._say(f"file {name}", "%r is no name below the files of a run, and is not on record", name)
         else:
-            self.append(File(name, data))
+            self.append(File(name, self._start, data))
 
     def parameters(self, values: dict[str, Any]) -> None:
         """Record settings; those that are on record already are left as they are."""
@@ -249,7 +248,8 @@ class SpooledTracker(Tracker):
         self._delivered = self._delivery.finish(patience_s, patience_s + size / BYTES_PER_S)
         if self._delivered:
             if self._delivery.ended:
-                self._spool.close()
+                with suppress(sqlite3.Error):  # another process has its hands on it
+                    self._spool.close()
             return
         where = leftovers.hand_on(self._spool, self._home)
         log.warning(

@@ -30,12 +30,14 @@ class TrackingConfig:
         check_model_name("tracking.register", self.register)
         if without_password(self.uri) != self.uri:
             raise ConfigurationError(
-                "tracking.uri holds a password, and configurations are printed and kept: leave it out and set "
-                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+                "tracking.uri holds a user or a password, and configurations are printed and kept: leave that out and "
+                "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
             )
 
 
 def check_model_name(setting: str, name: str) -> None:
     """Raise ConfigurationError if MLflow would not take the name of a registered model."""
-    if any(character in name for character in "/:"):
-        raise ConfigurationError(f"{setting} is {name!r}; the name of a model has no '/' and no ':', such as digits")
+    if any(character in name for character in "/:'\""):
+        raise ConfigurationError(
+            f"{setting} is {name!r}; the name of a model has no '/', no ':' and no quotes, such as digits"
+        )

@@ -5,7 +5,6 @@ All of this runs in the driver; what the workers do is in :mod:`pipelines.worker
 
 import logging
 import math
-import os
 import socket
 import time
 from contextlib import ExitStack
@@ -25,7 +24,7 @@ from pipelines.errors import ConfigurationError, checked
 from pipelines.images import View
 from pipelines.ingest import ingest
 from pipelines.ingest_plan import IngestPlan
-from pipelines.lineage import Trained, git_revision
+from pipelines.lineage import Trained, git_revision, ray_job
 from pipelines.manifest import NAME, Manifest
 from pipelines.plain import flatten, to_dict, to_yaml
 from pipelines.results import evaluate, export, record_results
@@ -52,6 +51,7 @@ def train(job: TrainJob) -> dict[str, Any]:
         TryAgainError: if workers failed more often than allowed.
     """
     began = time.perf_counter()
+    resolve_uri(job.tracking, Folder(job.root))  # before hours of an ingest
     data, found = find_data(job)
     with ExitStack() as stack:
         if isinstance(found, IngestPlan) and not found.complete:
@@ -83,7 +83,7 @@ def _train_on(job: TrainJob, data: Folder, manifest: Manifest) -> dict[str, Any]
             "brickyard.workers": str(job.scaling.workers),
             "brickyard.host": socket.gethostname(),
         }
-        | ({"brickyard.ray_job": ray_job} if (ray_job := os.environ.get("RAY_JOB_SUBMISSION_ID")) else {}),
+        | ({"brickyard.ray_job": submitted} if (submitted := ray_job()) else {}),
         start=start,
     )
     with ending(tracker):

@@ -13,14 +13,15 @@
 # on 127.0.0.1 only. For other machines put a proxy with TLS before it, and give its name in MLFLOW_HOSTS.
 #
 # It needs `pip install -e '.[server]'` and Debian's postgresql (or another with initdb on the PATH). Environment, all
-# optional: MLFLOW_USER, MLFLOW_PASSWORD (of the administrator, 12 characters at least; fixed at the first start), MLFLOW_HOSTS (further names,
-# with commas between them), MLFLOW_ARTIFACTS (s3://mlflow), MLFLOW_BIN, POSTGRES_BIN.
+# optional: MLFLOW_USER, MLFLOW_PASSWORD (of the administrator, 12 characters at least, fixed at the first start; one is
+# made up and kept in DATA otherwise), MLFLOW_HOSTS (further names, with commas between them), MLFLOW_ARTIFACTS
+# (s3://mlflow), MLFLOW_BIN, POSTGRES_BIN.
 set -euo pipefail
 
 CACHE=${XDG_CACHE_HOME:-$HOME/.cache}/brickyard
 COMMAND=${1:-} DATA=$(realpath -m "${2:-$CACHE/mlflow}") PORT=${3:-5000}
 HOME_OF_CODE=$(cd "$(dirname "$0")/../.." && pwd)
-ARTIFACTS=${MLFLOW_ARTIFACTS:-s3://mlflow} ADMIN=${MLFLOW_USER:-brickyard} PASSWORD=${MLFLOW_PASSWORD:-brickyard-secret}
+ARTIFACTS=${MLFLOW_ARTIFACTS:-s3://mlflow} ADMIN=${MLFLOW_USER:-brickyard} PASSWORD=${MLFLOW_PASSWORD:-$(cat "$DATA/password" 2>/dev/null || true)}
 LOG=$DATA/log
 STORE=postgresql+psycopg://mlflow@127.0.0.1:$((PORT + 1))
 
@@ -78,9 +79,10 @@ up() {
     local name python
     python=$(dirname "$MLFLOW")/python
     mkdir -p "$LOG"
+    [ -n "$PASSWORD" ] || { PASSWORD=$(secret); (umask 077; echo "$PASSWORD" >"$DATA/password"); }
     if [ ! -e "$DATA/postgres.done" ]; then
         rm -rf "$DATA/postgres"
-        (umask 077; secret >"$DATA/postgres.secret"; echo "127.0.0.1:$((PORT + 1)):*:mlflow:$(cat "$DATA/postgres.secret")" >"$PGPASSFILE")
+        (umask 077; secret >"$DATA/postgres.secret"; echo "127.0.0.1:*:*:mlflow:$(cat "$DATA/postgres.secret")" >"$PGPASSFILE")
         as_nobody "$POSTGRES/initdb" -D "$DATA/postgres" -U mlflow --auth=scram-sha-256 --pwfile="$DATA/postgres.secret" \
             -E UTF8 --locale=C.UTF-8 >"$LOG/initdb.out" 2>&1 \
             || { tail -n 5 "$LOG/initdb.out" >&2; fail "initdb failed; see $LOG/initdb.out"; }
@@ -95,8 +97,8 @@ up() {
         await takes_queries postgres
     fi
     for name in mlflow users; do
-        "$POSTGRES/psql" -h 127.0.0.1 -p $((PORT + 1)) -U mlflow -d postgres -tAc "SELECT 1 FROM pg_database WHERE datname = '$name'" \
-            | grep -q 1 || "$POSTGRES/createdb" -h 127.0.0.1 -p $((PORT + 1)) -U mlflow "$name"
+        "$POSTGRES/psql" -w -h 127.0.0.1 -p $((PORT + 1)) -U mlflow -d postgres -tAc "SELECT 1 FROM pg_database WHERE datname = '$name'" \
+            | grep -q 1 || "$POSTGRES/createdb" -w -h 127.0.0.1 -p $((PORT + 1)) -U mlflow "$name"
     done
     "$python" - "$ARTIFACTS" <<'END' || fail "the bucket of $ARTIFACTS cannot be had: is AWS_ENDPOINT_URL set? eval \"\$(infra/local/s3.sh up)\""
 import sys
@@ -128,7 +130,7 @@ END
 end() { # NAME SIGNAL: it and all of its session, or what is left of that after ten seconds
     local pid; pid=$(pid_of "$1")
     kill -"$2" -- "-$pid" || true
-    for _ in $(seq 100); do "$1_alive" || return 0; sleep 0.1; done
+    for _ in $(seq 100); do kill -0 -- "-$pid" 2>/dev/null || return 0; sleep 0.1; done
     kill -KILL -- "-$pid" || true
 }
 
@@ -151,6 +153,7 @@ case $COMMAND in
         find_programs
         mkdir -p "$DATA"
         (flock 9; up) 9>"$DATA/lock"
+        PASSWORD=${MLFLOW_PASSWORD:-$(cat "$DATA/password")}
         show
         ;;
     stop) stop ;;
@@ -158,7 +161,7 @@ case $COMMAND in
     env) show ;;
     wipe)
         stop
-        [ ! -e "$DATA" ] || [ -e "$DATA/lock" ] || fail "$DATA is not one of ours: it stays"
+        [ ! -e "$DATA" ] || [ -e "$DATA/postgres.secret" ] || fail "$DATA is not one of ours: it stays"
         rm -rf "$DATA"
         ;;
     *) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"; exit 2 ;;

@@ -105,6 +105,7 @@ def test_the_record_has_what_a_reader_looks_for(uninterrupted: tuple[Path, dict[
     assert run.info.run_id == said["tracking_run"] and run.info.status == "FINISHED"
     assert run.data.params["fit.learning_rate"] == "0.002" and run.data.params["parameters"] == "701345"
     assert run.data.params["data_digest"] == said["data_digest"]
+    assert (run.data.tags["brickyard.workers"], run.data.tags["brickyard.worker_starts"]) == ("2", "1")
     bands = {f"loss_band_{i}_of_4" for i in range(1, 5)}
     assert {"loss", "images_per_s", "data_wait_percent", "gradient_norm", "frechet_distance"} | bands <= set(
         run.data.metrics
@@ -167,6 +168,8 @@ def test_a_worker_that_is_killed_is_replaced_and_nothing_is_lost(
     _, err = process.communicate(timeout=600)
     assert process.returncode == 0, err[-5000:]
     first, second = re.findall(r"(\d+) workers train from (\d+) images on", err)
+    (run,) = recorded.mlflow_runs(tmp_path)
+    assert run.data.tags["brickyard.worker_starts"] == "2" and run.data.tags["brickyard.starts"] == "1"
     assert first == ("2", "0") and second[0] == "2" and 1280 <= int(second[1]) < 3840
     for weights in ("model", "ema"):
         a, b = (load_file(root / f"runs/digits/export/{weights}.safetensors") for root in (uninterrupted[0], tmp_path))

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import ray
 
+from tests.jobs import recorded
+
 pytestmark = pytest.mark.ray
 
 TOKEN = "0123456789abcdef" * 4
@@ -20,7 +22,7 @@ CODE = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 SHORT = [
     "--fit.images=640", "--fit.batch-images=64", "--fit.micro-images=32", "--fit.log-images=320",
-    "--fit.checkpoint-images=320", "--fit.grid-images=640", "--scaling.workers=1", "--tracking.uri=none",
+    "--fit.checkpoint-images=320", "--fit.grid-images=640", "--scaling.workers=1",
 ]  # fmt: skip
 
 
@@ -81,17 +83,22 @@ def wait_until_it_answers(address: str, head: subprocess.Popen[str]) -> None:
     ids=["script", "python script", "python -m"],
 )
 def test_the_three_ways_of_saying_it(entrypoint: list[str], cluster: dict[str, str], tmp_path: Path) -> None:
-    command = [BIN / "ray", "job", "submit", "--working-dir", ".", "--", *entrypoint, "digits", *SHORT]
-    evaluate = ["--evaluate-images=40"] if entrypoint[0] == "jobs/train.py" else ["--evaluate-images=0"]
+    told = ["--runtime-env-json", json.dumps({"env_vars": {"BRICKYARD_GIT_REVISION": "abc+"}})]
+    command = [BIN / "ray", "job", "submit", *told, "--working-dir", ".", "--", *entrypoint, "digits", *SHORT]
+    evaluate = "40" if entrypoint[0] == "jobs/train.py" else "0"
+    where = ["--root", str(tmp_path), f"--tracking.uri=sqlite:///{tmp_path}/mlflow.db"]
     done = subprocess.run(
-        [*command, *evaluate, "--draw.steps=2", "--draw.actors=1", "--root", str(tmp_path)],
+        [*command, f"--evaluate-images={evaluate}", "--draw.steps=2", "--draw.actors=1", *where],
         cwd=CODE, env=cluster, text=True, capture_output=True, timeout=500, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-3000:]
     said = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
     assert (said["exit_code"], said["trained_images"]) == (0, 640)
     assert (tmp_path / "runs/digits/export/ema.safetensors").exists()
-    if evaluate[0].endswith("40"):
+    (run,) = recorded.mlflow_runs(tmp_path)
+    assert run.data.tags["brickyard.ray_job"].startswith("raysubmit_")
+    assert run.data.tags["brickyard.git_revision"] == "abc+", "there is no checkout where the code is brought to"
+    if evaluate == "40":
         assert said["frechet_distance"] > 0 and Path(said["contact_sheet"].removeprefix("file://")).exists()
 
 

@@ -1,20 +1,28 @@
 """Data sets, models and the champion, on a real server."""
 
+import base64
 import json
 import os
 import uuid
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
 
+from pipelines import tracking
 from pipelines.champion import promote, record_score
 from pipelines.entries import DataSet, Model
+from pipelines.environment import environment
 from pipelines.errors import ConfigurationError, TryAgainError
 from pipelines.replay import ReplayJob, replay
 from pipelines.run_folder import RUN
 from pipelines.storage import Folder
 from pipelines.tracking import Tracker, now_ms, open_tracker
 from pipelines.tracking_config import TrackingConfig
+from tests.faults.proxy import FaultProxy, Rule
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # MLflow's own dependencies
@@ -57,7 +65,8 @@ class Run:
         for entry in entries:
             tracker.append(entry)
         tracker.finish("FINISHED")
-        replay(ReplayJob(runs=(self.home.url,), patience_s=120))  # on a busy machine the server may take its time
+        with environment({"MLFLOW_TRACKING_URI": self.uri}):
+            replay(ReplayJob(runs=(self.home.url,), patience_s=120))  # on a busy machine the server may take its time
         assert tracker.tracker_id
         return tracker.tracker_id
 
@@ -114,6 +123,85 @@ def test_a_run_names_its_data_and_keeps_its_model_once(
     record_score(mlflow_server, run.id, "frechet_distance", 0.04, run.score(0.04)["lineage"])
     (model,) = client.search_logged_models([mlflow_run.info.experiment_id], f"source_run_id = '{mlflow_id}'")
     assert sorted((m.key, m.value) for m in model.metrics) == [("frechet_distance", 0.04), ("loss", 0.5)]
+    record_score(mlflow_server, run.id, "frechet_distance", 0.05, run.score(0.05)["lineage"])  # of other seeds
+    assert [m.value for m in client.get_metric_history(mlflow_id, "frechet_distance")] == [0.04, 0.05]
+    assert client.get_run(mlflow_id).data.metrics["frechet_distance"] == 0.05
+
+
+def test_it_is_kept_once_and_whole_by_a_server_whose_answers_are_lost(
+    folder: Folder, mlflow_server: str, client: Any
+) -> None:
+    """Each second answer is lost after the deed: MLflow's client sends the request again, by itself."""
+    name = f"digits-{uuid.uuid4().hex[:6]}"
+    with FaultProxy(mlflow_server) as proxy:
+        run = Run(folder, proxy.url)
+        proxy.rules = [Rule("dropped", every=2)]
+        mlflow_id = run.finish(DataSet("digits", DATA, "s3://bucket/digits", {}), run.model(register=name, loss=0.5))
+        assert proxy.injected["dropped"] > 5
+    mlflow_run = client.get_run(mlflow_id)
+    (model,) = client.search_logged_models([mlflow_run.info.experiment_id], f"source_run_id = '{mlflow_id}'")
+    assert model.status == "READY" and [(m.key, m.value) for m in model.metrics] == [("loss", 0.5)]
+    assert [one.model_id for one in mlflow_run.outputs.model_outputs] == [model.model_id]
+    assert len(mlflow_run.inputs.dataset_inputs) == 1
+    (version,) = client.search_model_versions(f"name = '{name}'")
+    assert client.get_model_version_by_alias(name, "candidate").version == version.version
+
+
+def test_the_server_answers_to_its_names_and_to_those_who_have_the_password(mlflow_server: str) -> None:
+    def code(password: str = "", **headers: str) -> int:
+        if password:
+            user = os.environ["MLFLOW_TRACKING_USERNAME"]
+            headers["Authorization"] = f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}"
+        request = Request(f"{mlflow_server}/api/2.0/mlflow/experiments/search?max_results=1", headers=headers)
+        try:
+            return int(urlopen(request).status)
+        except HTTPError as error:
+            return error.code
+
+    password = os.environ["MLFLOW_TRACKING_PASSWORD"]
+    assert code(password) == 200
+    assert code() == code(password + "?") == 401
+    assert code(password, Host="elsewhere.example") == 403
+
+
+def test_credentials_go_only_where_the_environment_says(
+    folder: Folder, mlflow_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever can write into a run's folder could have them sent elsewhere otherwise."""
+    run = Run(folder, mlflow_server)
+    monkeypatch.setattr(tracking, "SERVER_PATIENCE_S", 0.0)
+    run.start().finish("FINISHED")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    with pytest.raises(ConfigurationError, match=f"set MLFLOW_TRACKING_URI={mlflow_server} if it may have it"):
+        replay(ReplayJob(runs=(run.home.url,)))
+    monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD")
+    with pytest.raises(TryAgainError):
+        replay(ReplayJob(runs=(run.home.url,), patience_s=1))
+
+
+@pytest.mark.parametrize("draw", [{"weights": "last"}, {"ema_std": 0.1}])
+def test_other_weights_than_those_of_the_model_are_not_promoted(
+    folder: Folder, mlflow_server: str, client: Any, draw: dict[str, Any]
+) -> None:
+    run = Run(folder, mlflow_server)
+    mlflow_id = run.finish(run.model())
+    lineage = run.score(0.01)["lineage"] | {"draw": draw}
+    promoted, why = run.promote(f"digits-{run.id[:6]}", 0.01, lineage=lineage)
+    assert not promoted and "other weights than those of the model" in why
+    record_score(mlflow_server, run.id, "frechet_distance", 0.01, lineage)
+    run_of_it = client.get_run(mlflow_id)
+    (model,) = client.search_logged_models([run_of_it.info.experiment_id], f"source_run_id = '{mlflow_id}'")
+    assert run_of_it.data.metrics["frechet_distance"] == 0.01 and not model.metrics
+
+
+def test_a_model_from_a_spool_that_was_tampered_with_is_refused(
+    folder: Folder, mlflow_server: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(folder, mlflow_server)
+    outside = Path(folder.path("outside"))
+    model = replace(run.model(), files=["config.json", str(outside)])
+    run.finish(model)
+    assert "is no model of ours" in caplog.text and not outside.exists()
 
 
 def test_the_champion_is_the_best_of_those_that_were_scored_alike(
@@ -144,9 +232,12 @@ def test_the_champion_is_the_best_of_those_that_were_scored_alike(
     promoted, why = second.promote(name, 0.04)
     assert promoted and "is 0.04; version 1, the champion until now, has 0.05" in why and champion() == "2"
     assert second.promote(name, 0.04)[0] and champion() == "2", "as often as one likes"
-    assert not second.promote(name, 0.01, samples_n=20)[0], "the champion's own terms stay"
     tags = client.get_model_version(name, "2").tags
     assert float(tags["brickyard.score"]) == 0.04 and tags["brickyard.samples_n"] == "10"
+    promoted, why = second.promote(name, 0.03, samples_n=20)
+    assert promoted and "is 0.03; it was so already, with 0.04" in why, "the champion may set other terms"
+    assert "samples_n 20, not 10" in first.promote(name, 0.01)[1]
+    assert first.promote(name, 0.02, samples_n=20)[0] and champion() == "1"
 
 
 def test_a_model_is_not_recorded_of_an_export_that_is_another_by_now(

@@ -307,6 +307,7 @@ def test_what_comes_late_from_elsewhere_does_not_end_what_goes_on(yard: Yard) ->
     first = count_start(yard.home, "")
     late = open_tracker(config, yard.root, elsewhere, "digits", yard.run_id, {"seed": 3}, {"until": "never"}, first)
     late.metrics({"loss": 0.5}, 5)
+    late.file("config.yaml", b"until never")
     with pytest.MonkeyPatch.context() as context:
         no_patience(context)
         late.finish("FAILED")
@@ -318,6 +319,7 @@ def test_what_comes_late_from_elsewhere_does_not_end_what_goes_on(yard: Yard) ->
     elsewhere.put("run.json", b'{"id": ""}')
     assert replay(ReplayJob(runs=(elsewhere.url,)))["delivered"]
     assert yard.run().info.status == "RUNNING" and yard.run().data.tags["until"] == "100"
+    assert yard.file("config.yaml") == "until 100"
     assert yard.history("loss")[0] == (5, 0.5) and len(yard.history("loss")) == 11
     tracker.finish("FINISHED")
 

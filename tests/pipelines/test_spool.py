@@ -19,7 +19,7 @@ ALL: list[Entry] = [
     Metrics({"loss": -1e-300}, 200, 9),
     Tags({"ü": "\n"}, 7),
     Picture("samples", 200, 10, b"\x00PNG"),
-    File("a/b.bin", bytes(range(256))),
+    File("a/b.bin", 7, bytes(range(256))),
     Metrics({"loss": 0.5}, 300, 11),
     End("KILLED", 12, 7, 0),
 ]

@@ -23,6 +23,8 @@ def test_every_combination_of_a_grid_is_a_child_and_grids_add_up() -> None:
     fit = replace(DIGITS.fit, learning_rate=2e-3)
     assert child == replace(DIGITS, name="sweep.seed-1_learning_rate-2e-3", seed=1, fit=fit)
     assert job.children["fit.flip=true"].fit.flip is True
+    lists = sweep("network.unet.multipliers=[1,2],[1,2,2] seed=0,1").children
+    assert [child.network.unet.multipliers for child in lists.values()] == [(1, 2)] * 2 + [(1, 2, 2)] * 2
 
 
 @pytest.mark.parametrize(
@@ -38,6 +40,8 @@ def test_every_combination_of_a_grid_is_a_child_and_grids_add_up() -> None:
         ("seed=one", "child 'seed=one': seed is 'one'"),
         ("fit.learning_rate=1e-3,1e-3 seed=0,1", ""),
         ("schedule.kind=article fit.ema.warm_up=x", "warm_up is 'x'"),
+        ("draw.label=*", r"'\*' is no value: quote it"),
+        ("network.unet.multipliers=[1,2", r"'\[1' is no value"),
     ],
 )
 def test_a_grid_that_cannot_be_is_refused_with_the_way_out(grid: str, said: str) -> None:

@@ -1,14 +1,18 @@
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from pipelines import leftovers, run_folder
 from pipelines.champion import record_score
-from pipelines.entries import without_password
+from pipelines.entries import Begin, End, Metrics, Status, Target, without_password
 from pipelines.errors import ConfigurationError
+from pipelines.replay import ReplayJob, dry_run, replay
+from pipelines.spool import Spool
 from pipelines.storage import Folder
-from pipelines.tracking import Tracker, open_tracker, resolve_uri
+from pipelines.tracking import Tracker, ending, now_ms, open_tracker, resolve_uri
 from pipelines.tracking_config import TrackingConfig
 
 pytestmark = [
@@ -37,7 +41,9 @@ def test_one_run_across_restarts(folder: Folder) -> None:
     second.metrics({"loss": 0.41}, 200)  # computed again after the last checkpoint
     second.metrics({"loss": 0.3}, 300)
     second.picture(np.ones((8, 8, 1), np.uint8), "samples", 200)
-    second.metrics({"frechet_distance": 0.03}, 300)
+    for score in (0.03, 0.03, 0.02):  # of other samples, the last
+        second.metrics({"frechet_distance": score}, 300, anew=True)
+        time.sleep(0.002)  # of two of one moment MLflow shows the larger
     second.finish("FINISHED")
 
     assert second.run_id == first.run_id == "an id of ours" and second.tracker_id == first.tracker_id
@@ -54,6 +60,11 @@ def test_one_run_across_restarts(folder: Folder) -> None:
     assert run.data.tags["start"] == "2"
     history = client.get_metric_history(second.tracker_id, "loss")
     assert [(metric.step, metric.value) for metric in history] == [(100, 0.5), (200, 0.4), (300, 0.3)]
+    scores = client.get_metric_history(second.tracker_id, "frechet_distance")
+    assert (
+        sorted(metric.value for metric in scores) in ([0.02, 0.03], [0.02])
+        and run.data.metrics["frechet_distance"] == 0.02
+    )
     names = {file.path for file in client.list_artifacts(second.tracker_id)}
     assert {"config.yaml", "images"} <= names
     assert len(client.list_artifacts(second.tracker_id, "images")) == 2, "one picture and its small one"
@@ -105,6 +116,41 @@ def test_passwords_are_not_kept() -> None:
     assert without_password("https://me:secret@host:5000/x?y=1") == "https://host:5000/x?y=1"
     assert without_password("postgresql://host/runs?password=a&user=b") == "postgresql://host/runs?user=b"
     assert without_password("sqlite:////data/mlflow.db") == "sqlite:////data/mlflow.db"
-    with pytest.raises(ConfigurationError, match=r"holds a password.*MLFLOW_TRACKING_PASSWORD") as caught:
+    with pytest.raises(ConfigurationError, match=r"holds a user or a password.*MLFLOW_TRACKING_PASSWORD") as caught:
         TrackingConfig(uri="https://me:secret@host:5000")
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt, ValueError])
+def test_a_run_ends_once_as_its_work_did(error: type[BaseException] | None) -> None:
+    """An impatient user's Ctrl-C, while the end of a run waits for a server, takes nothing back."""
+    ends = []
+
+    class Waiting(Tracker):
+        def finish(self, status: Status) -> None:
+            ends.append(status)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), ending(Waiting()):
+        if error:
+            raise error
+    assert ends == ["FINISHED" if error is None else "KILLED" if error is KeyboardInterrupt else "FAILED"]
+
+
+def test_a_damaged_spool_costs_what_it_held(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    uri = resolve_uri(TrackingConfig(), folder)
+    homes = [folder / "runs" / name for name in ("damaged", "whole")]
+    for home in homes:
+        run_folder.claim(home, {})
+        run_id = run_folder.run_id(home)
+        target = Target(uri=uri, experiment="e", artifacts="", name=home.name, run_id=run_id)
+        spool = Spool(leftovers.spool_path(home, target), target)
+        for entry in (Begin(1, now_ms()), Metrics({"loss": 0.5}, 1, now_ms()), End("FINISHED", now_ms(), 1, 0)):
+            spool.append(entry)
+        spool.close()
+    (path,) = leftovers.here(homes[0], run_folder.run_id(homes[0]))
+    path.write_bytes(b"not a database, but long enough to be taken for one" * 100)
+    job = ReplayJob(runs=tuple(home.url for home in homes))
+    assert dry_run(job)["runs"] == {homes[0].url: 0, homes[1].url: 3}
+    assert replay(job)["runs"] == {homes[0].url: 0, homes[1].url: 3}
+    assert caplog.text.count("cannot be delivered") == 2 and path.read_bytes().startswith(b"not a database")
