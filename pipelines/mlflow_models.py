@@ -143,6 +143,16 @@ def record_score(client: MlflowClient, run: Run, metric: str, value: float, line
         record_metrics(client, run, model, {metric: value}, position, get_current_time_millis(), name, data)
 
 
+@contextmanager
+def _gone_already() -> Iterator[None]:
+    """Within this context it is well that what is to be deleted is not there: an answer may be lost again."""
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code not in NOT_THERE:
+            raise
+
+
 def _has(metrics: list[Metric], key: str, position: int, value: float) -> Metric | None:
     """Return the value among metrics, if it is there."""
     same = (one for one in metrics if (one.key, one.step) == (key, position))
@@ -168,7 +178,8 @@ def find_model(client: MlflowClient, run: Run, digest: str) -> LoggedModel | Non
     best, *others = sorted(same, key=lambda one: one.status != LoggedModelStatus.READY) or [None]
     for other in others:  # a lost answer leaves one that nobody knows of
         if other.status != LoggedModelStatus.READY:
-            client.delete_logged_model(other.model_id)
+            with _gone_already():
+                client.delete_logged_model(other.model_id)
     return best
 
 
@@ -256,7 +267,8 @@ def _version_of(client: MlflowClient, run: Run, model: LoggedModel, name: str) -
         same = [one for one in client.search_model_versions(f"name = '{name}'") if _is(one, model)]
     first, *others = sorted(same, key=lambda one: int(one.version))
     for other in others:  # after a lost answer the request was sent again
-        client.delete_model_version(name, other.version)
+        with _gone_already():
+            client.delete_model_version(name, other.version)
     return first
 
 
