@@ -29,6 +29,8 @@ from pipelines.feed import Feed
 from pipelines.fit_config import FitConfig
 from pipelines.world import World
 
+GRID = 64
+"""Samples that the loop shows, of seeds 0..63."""
 BANDS = 4
 """Parts of 1..T, from the almost clean to the almost noise, whose losses are told apart."""
 MAX_SKIPPED_IN_A_ROW = 10
@@ -274,7 +276,7 @@ def told_labels(network: nn.Module, label: Tensor, seed: int, position: Tensor, 
 
 
 def draw_grid(
-    state: State, schedule: Schedule, shape: torch.Size, objective: ObjectiveConfig, world: World, n: int = 64
+    state: State, schedule: Schedule, shape: torch.Size, objective: ObjectiveConfig, world: World, n: int = GRID
 ) -> Tensor:
     """Draw the samples of seeds 0..n-1 from the average of the weights, shared out over the workers. (all ranks)
 

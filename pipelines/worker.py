@@ -21,11 +21,12 @@ from torch import Tensor
 
 from models.network import build
 from models.parallelize import construct
+from models.samplers import sample_noise
 from pipelines import checkpoints
 from pipelines.checkpoints import Checkpoint
 from pipelines.config import TrainJob
 from pipelines.errors import BrickyardError, TryAgainError
-from pipelines.fit import DivergedError, Listener, State, fit, new_state
+from pipelines.fit import GRID, DivergedError, Listener, State, fit, new_state
 from pipelines.foreman import Notice, leave
 from pipelines.images import View
 from pipelines.manifest import Manifest
@@ -207,6 +208,9 @@ def _train(task: TrainTask, world: World) -> None:
     listener = WorkerListener(task, world, state.position, usage)
     if world.rank == 0:
         listener.send(Started(state.position, world.size))
+        if state.position == 0:
+            x_T, _ = sample_noise(torch.arange(GRID), (channels, side, side))  # what the first samples are made of
+            listener.picture(x_T, 0)
     stream = batches(ray.train.get_dataset_shard("train"), task.deal(state.position), world.rank, world.size)
     try:
         fit(job.fit, state, schedule, job.seed, stream, listener, world)

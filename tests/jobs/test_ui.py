@@ -24,6 +24,13 @@ PATIENCE_MS = 120_000
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]  # fmt: skip
 """No sandbox of its own where it runs as root, and no word to anyone."""
+BRIGHTNESS = """wanted => [...document.images].some(image => {
+    if (image.naturalWidth != 256) return false;
+    const canvas = document.createElement("canvas").getContext("2d");
+    canvas.drawImage(image, 0, 0);
+    return Math.abs(canvas.getImageData(9, 9, 1, 1).data[0] - wanted) < 9;
+})"""
+"""Whether one of the small pictures has this brightness."""
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -63,6 +70,7 @@ def record(
     config = TrackingConfig(uri=uri, experiment="pages", parent=parent)
     tracker = open_tracker(config, folder, home, name, run_id, {"fit.learning_rate": learning_rate}, {"a": "tag"})
     tracker.append(DataSet("digits", "d" * 64, "s3://bucket/digits", {"rows": 1797}))
+    tracker.picture(np.zeros((64, 64, 1), np.uint8), "samples", 0)
     for position in (100, 200):
         tracker.metrics({"loss": loss * 200 / position}, position)
         tracker.picture(np.full((64, 64, 1), position, np.uint8), "samples", position)
@@ -146,4 +154,6 @@ def test_a_sweep_is_a_tree_in_the_order_of_its_scores_with_pictures(
     card = page.get_by_text("samples", exact=True).first
     card.wait_for()
     card.scroll_into_view_if_needed()
-    page.wait_for_function("() => [...document.images].some(image => image.naturalWidth == 256)")
+    for brightness in (0, 100, 200):  # the slider begins with the first
+        page.wait_for_function(BRIGHTNESS, arg=brightness)
+        page.get_by_role("slider").last.press("ArrowRight")
