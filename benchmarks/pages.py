@@ -1,6 +1,6 @@
 """The pages of MLflow that compare the children of a sweep, looked at by a browser: pictures for the documentation.
 
-    python benchmarks/pages.py --sweep ~/brickyard/sweeps/article --register digits --out docs
+    python benchmarks/pages.py --sweep ~/brickyard/sweeps/article --run digits --register digits --out docs
 
 Chromium must be installed; the server is that of MLFLOW_TRACKING_URI, with its user and password.
 """
@@ -33,6 +33,8 @@ NO_ASSISTANT = """
 localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true');
 localStorage.setItem('mlflow.assistant.panelOpen_v1', 'false');
 """
+STEPS = 3
+"""Of the slider of samples, from the noise on."""
 SHOWN = [f"metrics.`{METRIC}`", "metrics.`validation_loss`", "params.`schedule.kind`", "params.`schedule.T`",
          "params.`draw.sampler`", "params.`draw.steps`", "params.`fit.objective.loss`"]  # fmt: skip
 """Columns of the table of runs."""
@@ -44,6 +46,8 @@ class Settings:
 
     sweep: str
     """Folder of the sweep."""
+    run: str
+    """Name of a run beside it, to be looked at."""
     register: str
     """The registered model that its children are versions of."""
     out: Path
@@ -83,22 +87,62 @@ def open_page(page: Page, address: str, shown: str) -> None:
     page.wait_for_timeout(DRAWN_MS)
 
 
+def show_columns(page: Page, experiment: str) -> None:
+    """Choose the columns of the table of runs, as a user does under "Columns"."""
+    page.evaluate(
+        """([experiment, columns]) => {
+            const key = `MLflowLocalStorage-1.1-ExperimentPage-["${experiment}"]-ReactComponentState`;
+            const state = JSON.parse(localStorage.getItem(key));
+            localStorage.setItem(key, JSON.stringify({...state, selectedColumns: columns}));
+        }""",
+        [experiment, SHOWN],
+    )
+
+
 def main() -> None:
     settings = tyro.cli(Settings, description=__doc__)
     settings.out.mkdir(parents=True, exist_ok=True)
     uri = os.environ["MLFLOW_TRACKING_URI"]
-    parent, children = children_of(MlflowClient(uri), Folder(settings.sweep))
-    experiment, best = parent.info.experiment_id, children[0]
-    ids = quote(json.dumps([run.info.run_id for run in children]))
+    client = MlflowClient(uri)
+    parent, children = children_of(client, Folder(settings.sweep))
+    experiment = parent.info.experiment_id
+    (one,) = client.search_runs([experiment], f"attributes.run_name = '{settings.run}'")
+    ids = quote(json.dumps([run.info.run_id for run in children[:4]]))
+    by_score = f"orderByKey=metrics.%60{METRIC}%60&orderByAsc=true"
     with browser(uri) as page:
-        open_page(page, f"compare-runs?runs={ids}&experiments={quote(json.dumps([experiment]))}", best.info.run_name)
-        page.screenshot(path=settings.out / "mlflow-compare.png")
-        open_page(page, f"experiments/{experiment}/runs/{best.info.run_id}", "fit.learning_rate")
-        page.screenshot(path=settings.out / "mlflow-run.png")
-        open_page(page, f"experiments/{experiment}/runs/{best.info.run_id}/model-metrics", "validation_loss")
-        page.screenshot(path=settings.out / "mlflow-metrics.png")
+
+        def take(name: str) -> None:
+            page.screenshot(path=settings.out / f"mlflow-{name}.png")
+
+        open_page(page, f"experiments/{experiment}/runs?{by_score}", "article")
+        show_columns(page, experiment)
+        open_page(page, f"experiments/{experiment}/runs?{by_score}", "article")
+        take("sweep")
+        open_page(page, f"compare-runs?runs={ids}&experiments={quote(json.dumps([experiment]))}", "Run details")
+        page.get_by_text("Run details").scroll_into_view_if_needed()
+        page.get_by_text("Show diff only").first.click()
+        page.wait_for_timeout(DRAWN_MS)
+        take("compare")
+        open_page(page, f"experiments/{experiment}/runs/{one.info.run_id}", "fit.learning_rate")
+        take("run")
+        open_page(page, f"experiments/{experiment}/runs/{one.info.run_id}/model-metrics", "gradient_norm")
+        take("metrics")
+        card = page.get_by_text("samples", exact=True)
+        while not card.count():  # charts are made as they come into sight
+            page.mouse.move(800, 600)
+            page.mouse.wheel(0, 500)
+            page.wait_for_timeout(200)
+        card.last.scroll_into_view_if_needed()
+        box = card.last.bounding_box()
+        assert box
+        page.mouse.click(box["x"] + box["width"] + 20, box["y"] + box["height"] / 2)  # enlarges it
+        for _ in range(STEPS):
+            page.get_by_role("slider").last.press("ArrowRight")
+        page.wait_for_timeout(DRAWN_MS)
+        page.locator("[role=dialog] img").last.scroll_into_view_if_needed()  # below all settings of the run
+        take("samples")
         open_page(page, f"models/{settings.register}", "candidate")
-        page.screenshot(path=settings.out / "mlflow-model.png")
+        take("model")
 
 
 if __name__ == "__main__":
