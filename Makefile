@@ -6,6 +6,7 @@ BIN    := $(VENV)/bin
 ROOT   ?= $(CURDIR)/yard
 PRESET ?= digits
 FLAGS  ?=
+PORT   ?= 5000
 
 .PHONY: train test test-faults lint ui clean
 
@@ -28,13 +29,14 @@ lint: $(VENV)/.installed-test  ## style, types, layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-ui: $(VENV)/.installed  ## compare runs at http://127.0.0.1:5000
-	$(BIN)/mlflow server --backend-store-uri sqlite:///$(ROOT)/mlflow.db --host 127.0.0.1 --port 5000
+ui: $(VENV)/.installed  ## compare runs at http://127.0.0.1:5000, or another PORT
+	$(BIN)/mlflow server --backend-store-uri sqlite:///$(ROOT)/mlflow.db --host 127.0.0.1 --port $(PORT)
 
 clean:  ## remove what the jobs made; the environment stays
 	rm -rf $(ROOT)
 
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "installing 2.3 GB below $(VENV), which takes some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	touch $@

@@ -106,6 +106,9 @@ def run(
             print("# the resolved configuration\n" + to_yaml(asked.job), file=sys.stderr, end="", flush=True)
             outcome = (plan if asked.dry_run else work)(asked.job)
             code = DONE
+    except BrokenPipeError:  # whoever read has seen enough, as in `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return INTERRUPTED
     except SystemExit as error:  # --help, or flags that the command line's library has already spoken about
         if not error.code:
             raise

@@ -1,6 +1,7 @@
 """Joining a Ray cluster, or starting one on this machine."""
 
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -87,4 +88,10 @@ def cluster() -> Iterator[None]:
         DataContext.get_current().raise_original_map_exception = True  # our errors, not Ray's around them
         yield
     finally:
-        ray.shutdown()
+        # What the collector of cycles would free in another thread meanwhile may be Ray's, which then ends the process.
+        gc.collect()
+        gc.disable()
+        try:
+            ray.shutdown()
+        finally:
+            gc.enable()

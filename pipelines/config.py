@@ -6,7 +6,7 @@ logged; handing that file back with ``--config`` repeats the run.
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
@@ -21,7 +21,7 @@ from pipelines.fit_config import FitConfig
 from pipelines.images import View
 from pipelines.ingest_plan import IngestConfig
 from pipelines.scaling import ScalingConfig
-from pipelines.storage import Folder
+from pipelines.storage import Folder, settled
 from pipelines.tracking_config import TrackingConfig, check_model_name
 
 SamplerName = Literal["greedy", "random", "posterior", "ddim", "dpm-solver", "heun"]
@@ -191,6 +191,8 @@ class TrainJob:
     """Checkpoints that are kept, the newest."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "root", settled(self.root))
+        object.__setattr__(self, "data", replace(self.data, url=settled(self.data.url)))
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise ConfigurationError(
                 f"name is {self.name!r}; it becomes a folder: letters, digits, '.', '_' and '-', such as digits-2"

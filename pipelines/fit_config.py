@@ -65,9 +65,10 @@ class FitConfig:
                     f"try {near}"
                 )
         if self.batch_images % self.micro_images:
+            near = max(n for n in range(1, self.micro_images + 1) if self.batch_images % n == 0)
             raise ConfigurationError(
                 f"fit.micro_images is {self.micro_images}; it must divide fit.batch_images, which is "
-                f"{self.batch_images}: try {math.gcd(self.batch_images, self.micro_images)}"
+                f"{self.batch_images}: try {near}"
             )
         self._check_rate()
         check_choice("fit.not_finite", self.not_finite, NotFinite)

@@ -263,7 +263,8 @@ def _version_of(client: MlflowClient, run: Run, model: LoggedModel, name: str) -
     same = [one for one in client.search_model_versions(f"name = '{name}'") if _is(one, model)]
     source, tags = f"models:/{model.model_id}", {MODEL: model.model_id}
     if not same:
-        client.create_model_version(name, source, run.info.run_id, tags=tags, model_id=model.model_id)
+        with environment({"MLFLOW_TRACKING_URI": client.tracking_uri}):  # a database looks for the model there (3.17)
+            client.create_model_version(name, source, run.info.run_id, tags=tags, model_id=model.model_id)
         same = [one for one in client.search_model_versions(f"name = '{name}'") if _is(one, model)]
     first, *others = sorted(same, key=lambda one: int(one.version))
     for other in others:  # after a lost answer the request was sent again

@@ -34,6 +34,11 @@ Part = tuple[str, int | None, int | None, str]
 """The name of an object, the range of it that is meant, start and stop or None and None, and the version or nothing."""
 
 
+def settled(url: str) -> str:
+    """Return a setting that means the same wherever it is read: workers have working directories of their own."""
+    return absolute(url) if url and not urlsplit(url).scheme and not url.startswith(("~", "/")) else url
+
+
 def absolute(url: str) -> str:
     """Return the URL with a local path made absolute: jobs and their workers may stand in different folders.
 

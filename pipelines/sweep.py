@@ -132,8 +132,9 @@ def sweep(job: SweepJob) -> dict[str, Any]:
         rows = _table(children, outcomes)
         text = _in_words(rows)
         for name, content in (("table.json", json.dumps(rows, indent=1)), ("table.txt", text)):
-            folder.put(name, content.encode())
-            tracker.file(name, content.encode())
+            data = f"{content}\n".encode()
+            folder.put(name, data)
+            tracker.file(name, data)
         log.info("done\n\n%s\n", text)
         _check(job, children, outcomes)
     return {

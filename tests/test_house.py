@@ -1,6 +1,7 @@
 """The rules of the house that a machine can keep."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -85,3 +86,11 @@ def test_help_says_every_setting_and_the_exit_codes(path: Path) -> None:
     if path.name == "train.py":
         assert all(preset in done.stdout for preset in PRESETS)
         assert "--fit.learning-rate" in done.stdout and "Of AdamW, after the warm-up." in done.stdout
+
+
+def test_what_the_documents_link_to_is_there() -> None:
+    for document in (ROOT / "README.md", ROOT / "infra" / "README.md", *(ROOT / "docs").glob("*.md")):
+        links = re.findall(r"\]\(([^)#]+)", document.read_text())
+        assert links or document.parent != ROOT
+        for link in links:
+            assert link.startswith("https://") or (document.parent / link).exists(), f"{document.name}: {link}"

@@ -40,3 +40,9 @@ def test_a_job_leaves_with_the_one_that_started_it() -> None:
     parent.kill()
     said = json.loads(parent.stdout.read().splitlines()[-1])  # until the job, too, has closed it
     assert said == {"error": "interrupted", "exit_code": 130}
+
+
+def test_whoever_has_read_enough_of_the_help_is_not_told_so() -> None:
+    command = f"{sys.executable} jobs/train.py --help | head -1"
+    done = subprocess.run(command, shell=True, cwd=CODE, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage") and not done.stderr

@@ -1,6 +1,7 @@
 """A sweep as a user runs it: children in processes of their own, one cluster, one parent in MLflow."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -81,7 +82,8 @@ def test_a_killed_sweep_takes_its_children_with_it_and_they_go_on(tmp_path: Path
     """On a cluster that outlives the sweep, so that nothing else ends its children."""
     long = ["--grid", "seed=0,1", "--train.fit.images=32000", "--train.fit.checkpoint-images=3200"]
     command = [sys.executable, "jobs/sweep.py", "digits", f"--train.root={tmp_path}", *SHORT, *long]
-    environment = without_ray() | {"OMP_NUM_THREADS": "1", "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    told = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}  # its token
+    environment = without_ray() | told | {"OMP_NUM_THREADS": "1", "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     killed = subprocess.Popen(command, cwd=CODE, env=environment, stderr=subprocess.PIPE, text=True)
     folders = [tmp_path / f"runs/sweep.seed-{seed}" for seed in (0, 1)]
     wait_for(lambda: all(list(folder.glob("checkpoint-*/manifest.json")) for folder in folders), killed)

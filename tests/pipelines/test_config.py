@@ -7,7 +7,7 @@ import pytest
 from jobs.cli import parse
 from jobs.presets import CIFAR10, PRESETS
 from models.parallelize import ParallelConfig
-from pipelines.config import DrawConfig, SampleJob, ScoreJob, TrainJob
+from pipelines.config import DataConfig, DrawConfig, SampleJob, ScoreJob, TrainJob
 from pipelines.errors import ConfigurationError
 from pipelines.fit_config import FitConfig
 from pipelines.images import View
@@ -105,6 +105,17 @@ def test_a_bad_training_job_is_refused(change: dict[str, object], message: str) 
 def test_bad_scaling_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         ScalingConfig(**change)
+
+
+def test_a_relative_root_is_that_of_the_command_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray gives each worker a working directory of its own."""
+    monkeypatch.chdir(tmp_path)
+    job = TrainJob(root="yard", data=DataConfig(url="raw/images"))
+    monkeypatch.chdir("/")
+    assert job.root == f"file://{tmp_path}/yard" and job.data.url == f"file://{tmp_path}/raw/images"
+    assert replace(job, seed=1).run.url == f"file://{tmp_path}/yard/runs/run"
+    for kept in ("s3://bucket/yard", "/yard", "~/yard", "file:/yard"):
+        assert replace(job, root=kept).root == kept
 
 
 def test_a_model_that_mlflow_could_not_name_is_refused() -> None:

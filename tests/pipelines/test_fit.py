@@ -211,7 +211,7 @@ def test_an_image_is_mirrored_or_not_by_its_position() -> None:
     ("wrong", "message"),
     [
         ({"images": 100}, r"fit\.images is 100; it must be a multiple of fit\.batch_images, which is 32: try 96"),
-        ({"micro_images": 12}, r"fit\.micro_images is 12; it must divide fit\.batch_images, which is 32: try 4"),
+        ({"micro_images": 12}, r"fit\.micro_images is 12; it must divide fit\.batch_images, which is 32: try 8"),
         ({"decay_images": 64}, r"fit\.decay_images is 64; it must be above fit\.warm_up_images, which is 64: try 384"),
         ({"decay_images": 320}, r"fit\.images is 384 and fit\.decay_images 320, .* 384 or more"),
         ({"learning_rate": 0.0}, r"fit\.learning_rate is 0\.0; it must be positive"),

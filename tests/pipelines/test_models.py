@@ -240,6 +240,24 @@ def test_the_champion_is_the_best_of_those_that_were_scored_alike(
     assert first.promote(name, 0.02, samples_n=20)[0] and champion() == "1"
 
 
+def test_on_a_laptop_models_are_registered_and_promoted_too(
+    folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In SQLite, named by a flag alone; nothing is left in the folder that the job was started in."""
+    from mlflow import MlflowClient
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    before = set(tmp_path.iterdir())
+    uri = f"sqlite:///{folder.path('mlflow.db')}"
+    run = Run(folder, uri)
+    run.finish(run.model(register="digits"))
+    assert str(MlflowClient(uri).get_model_version_by_alias("digits", "candidate").version) == "1"
+    assert run.promote("others", 0.05) == (True, "version 1 is the champion: frechet_distance is 0.05; "
+                                           "there was no other champion")  # fmt: skip
+    assert set(tmp_path.iterdir()) == before | {Path(folder.path())}
+
+
 def test_a_model_is_not_recorded_of_an_export_that_is_another_by_now(
     folder: Folder, mlflow_server: str, client: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
