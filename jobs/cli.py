@@ -99,16 +99,17 @@ def run(
     log.addHandler(handler)
     outcome: dict[str, Any] = {}
     try:
-        asked = parse(cls, presets or {}, sys.argv[1:] if argv is None else argv)
+        try:
+            asked = parse(cls, presets or {}, sys.argv[1:] if argv is None else argv)
+        except BrokenPipeError:  # whoever read has seen enough, as in `--help | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return INTERRUPTED
         with _sigterm_as_interrupt(), _stdout_as_stderr():
             _leave_with(os.environ.pop(LEAVE_WITH, ""))
             log.setLevel(logging.DEBUG if asked.verbose else logging.INFO)
             print("# the resolved configuration\n" + to_yaml(asked.job), file=sys.stderr, end="", flush=True)
             outcome = (plan if asked.dry_run else work)(asked.job)
             code = DONE
-    except BrokenPipeError:  # whoever read has seen enough, as in `--help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return INTERRUPTED
     except SystemExit as error:  # --help, or flags that the command line's library has already spoken about
         if not error.code:
             raise

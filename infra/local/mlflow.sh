@@ -13,15 +13,15 @@
 # on 127.0.0.1 only. For other machines put a proxy with TLS before it, and give its name in MLFLOW_HOSTS.
 #
 # It needs `pip install -e '.[server]'` and Debian's postgresql (or another with initdb on the PATH). Environment, all
-# optional: MLFLOW_USER, MLFLOW_PASSWORD (of the administrator, 12 characters at least, fixed at the first start; one is
-# made up and kept in DATA otherwise), MLFLOW_HOSTS (further names, with commas between them), MLFLOW_ARTIFACTS
+# optional: MLFLOW_USER, MLFLOW_PASSWORD (of the administrator, 12 characters at least; that of the first start
+# stays, or one that is made up then), MLFLOW_HOSTS (further names, with commas between them), MLFLOW_ARTIFACTS
 # (s3://mlflow), MLFLOW_BIN, POSTGRES_BIN.
 set -euo pipefail
 
 CACHE=${XDG_CACHE_HOME:-$HOME/.cache}/brickyard
 COMMAND=${1:-} DATA=$(realpath -m "${2:-$CACHE/mlflow}") PORT=${3:-5000}
 HOME_OF_CODE=$(cd "$(dirname "$0")/../.." && pwd)
-ARTIFACTS=${MLFLOW_ARTIFACTS:-s3://mlflow} ADMIN=${MLFLOW_USER:-brickyard} PASSWORD=${MLFLOW_PASSWORD:-$(cat "$DATA/password" 2>/dev/null || true)}
+ARTIFACTS=${MLFLOW_ARTIFACTS:-s3://mlflow} ADMIN=${MLFLOW_USER:-brickyard} PASSWORD=$(cat "$DATA/password" 2>/dev/null || echo "${MLFLOW_PASSWORD:-}")
 LOG=$DATA/log
 STORE=postgresql+psycopg://mlflow@127.0.0.1:$((PORT + 1))
 
@@ -79,7 +79,8 @@ up() {
     local name python
     python=$(dirname "$MLFLOW")/python
     mkdir -p "$LOG"
-    [ -n "$PASSWORD" ] || { PASSWORD=$(secret); (umask 077; echo "$PASSWORD" >"$DATA/password"); }
+    PASSWORD=${PASSWORD:-$(secret)}
+    (umask 077; echo "$PASSWORD" >"$DATA/password")
     if [ ! -e "$DATA/postgres.done" ]; then
         rm -rf "$DATA/postgres"
         (umask 077; secret >"$DATA/postgres.secret"; echo "127.0.0.1:*:*:mlflow:$(cat "$DATA/postgres.secret")" >"$PGPASSFILE")
@@ -153,7 +154,7 @@ case $COMMAND in
         find_programs
         mkdir -p "$DATA"
         (flock 9; up) 9>"$DATA/lock"
-        PASSWORD=${MLFLOW_PASSWORD:-$(cat "$DATA/password")}
+        PASSWORD=$(cat "$DATA/password")
         show
         ;;
     stop) stop ;;
