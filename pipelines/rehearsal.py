@@ -1,5 +1,6 @@
 """What a training job would do, without doing it."""
 
+import logging
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from pipelines.storage import Folder
 from pipelines.tracking import resolve_uri
 from pipelines.training import check_claim, check_labels, check_shape, data_source, find_data
 
+log = logging.getLogger("brickyard.train")
+
 
 def dry_run(job: TrainJob) -> dict[str, Any]:
     """Return what the job would do, having looked at the data, the run's folder and the tracker and changed nothing.
@@ -34,8 +37,10 @@ def dry_run(job: TrainJob) -> dict[str, Any]:
     else:
         _, data = find_data(job)
         manifest = data.finished() if isinstance(data, IngestPlan) else data
-        if manifest and job.run.exists(RUN):
+        if job.run.exists(RUN):
             check_claim(job, manifest)
+            if manifest is None:
+                log.warning("whether these images are those that %s was begun with shows after the ingest", job.run.url)
         images = data.images if isinstance(data, IngestPlan) else data.rows
         shape = data.config if isinstance(data, IngestPlan) else data
         view = job.data.view(shape.side, shape.channels)

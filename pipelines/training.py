@@ -35,6 +35,9 @@ from pipelines.tracking import Tracker, ending, open_tracker, resolve_uri
 from pipelines.validation import Validator
 from pipelines.workers import run_workers
 
+DATA = "data digest"
+"""Its place in what makes a run the run that it is."""
+
 log = logging.getLogger("brickyard.train")
 
 
@@ -196,15 +199,18 @@ def data_folder(job: TrainJob) -> Folder:
     return Folder(job.root) / "data" / f"{data_source(job).name}-{form.side}x{form.side}x{form.channels}"
 
 
-def identity(job: TrainJob, manifest: Manifest) -> dict[str, Any]:
-    """Return what makes a run the run that it is. The rest (length, workers, reports …) may change between starts."""
+def identity(job: TrainJob, manifest: Manifest | None) -> dict[str, Any]:
+    """Return what makes a run the run that it is. The rest (length, workers, reports …) may change between starts.
+
+    Without a manifest it is all but the data.
+    """
     everything = flatten(to_dict(job))
     may_change = ("name", "root", "fit.images", "fit.micro_images", "fit.log_images", "fit.checkpoint_images",
                   "fit.grid_images", "fit.not_finite", "evaluate_images", "keep_checkpoints", "parallel.strategy",
                   "parallel.shards", "parallel.checkpoint_activations", "parallel.compile")  # fmt: skip
     groups = ("data.url", "data.builtin", "data.ingest.", "data.node_labels", "scaling.", "tracking.", "draw.")
     kept = {k: v for k, v in everything.items() if k not in may_change and not k.startswith(groups)}
-    return kept | {"data digest": manifest.digest}
+    return kept | ({DATA: manifest.digest} if manifest else {})
 
 
 def claim(job: TrainJob, manifest: Manifest) -> tuple[str, int]:
@@ -221,9 +227,14 @@ def claim(job: TrainJob, manifest: Manifest) -> tuple[str, int]:
     return run_folder.run_id(job.run), run_folder.count_start(job.run, to_yaml(job))
 
 
-def check_claim(job: TrainJob, manifest: Manifest) -> None:
-    """Raise ConfigurationError if the run's folder is that of another run, naming each field that differs."""
+def check_claim(job: TrainJob, manifest: Manifest | None) -> None:
+    """Raise ConfigurationError if the run's folder is that of another run, naming each field that differs.
+
+    Images that are not ingested yet have no manifest: whether they are those of the run shows later.
+    """
     mine, theirs = identity(job, manifest), run_folder.identity(job.run)
+    if manifest is None:
+        theirs.pop(DATA, None)
     differing = [
         f"{name} was {theirs.get(name, 'unknown to the version that began it')}, is {mine.get(name)}"
         for name in sorted(mine | theirs)

@@ -309,6 +309,18 @@ def test_other_data_under_the_same_name(run: Callable, root: str, claimed: Manif
     assert f"data digest was {claimed.digest}, is {other.digest}" in err
 
 
+def test_images_that_are_not_ingested_yet_are_held_against_the_rest(
+    run: Callable, root: str, claimed: Manifest, digits: tuple[np.ndarray, np.ndarray], tmp_path: Path
+) -> None:
+    raw = Folder(str(tmp_path / "raw"))
+    raw.put("a.png", encode(digits[0][0], "png"))
+    command = ["digits", "--root", root, "--data.builtin", "none", "--data.url", raw.url, "--dry-run"]
+    code, err, _ = run(train.main, *command)
+    assert code == 0 and "whether these images are those that" in err
+    code, err, _ = run(train.main, *command, "--seed", "1")
+    assert code == 2 and "is another run: seed was 0, is 1. Give" in err
+
+
 def test_workers_length_and_rhythm_may_change(
     run: Callable, root: str, claimed: Manifest, folder_of_digits: Folder
 ) -> None:
