@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from pipelines.scoring import METRIC
 from pipelines.storage import Folder
 from pipelines.sweep_plan import SweepJob
 from pipelines.tracking import ending, open_tracker, resolve_uri
+from pipelines.training import prepare
 
 TRAIN = Path(__file__).parent.parent / "jobs" / "train.py"
 COLUMNS = (METRIC, validation.METRIC, "loss", "images", "images_per_s", "seconds")
@@ -161,7 +163,13 @@ def _run(job: SweepJob, children: dict[str, TrainJob], parent: str) -> dict[str,
     to_do = {apart: child for apart, child in children.items() if apart not in outcomes}
     if not to_do:
         return outcomes
-    with cluster():
+    with ExitStack() as stack:
+        stack.enter_context(cluster())
+        for child in {child.data: child for child in to_do.values()}.values():
+            try:
+                prepare(child, stack)  # once, not by each of them at the same time
+            except BrickyardError as error:  # which it will end with; the others are none the worse
+                log.warning("%s: %s", child.name, error)
         room = min(job.room(ray.cluster_resources()), len(to_do))
         log.info("%d children, %d of them done; %d train at once", len(children), len(outcomes), room)
         processes, pool = _Children(job, parent), ThreadPoolExecutor(room)

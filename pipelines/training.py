@@ -55,17 +55,32 @@ def train(job: TrainJob) -> dict[str, Any]:
     """
     began = time.perf_counter()
     resolve_uri(job.tracking, Folder(job.root))  # before hours of an ingest
-    data, found = find_data(job)
     with ExitStack() as stack:
-        if isinstance(found, IngestPlan) and not found.complete:
-            stack.enter_context(cluster())  # one for all that follows
-        manifest = ingest(found, job.data.wanted_labels) if isinstance(found, IngestPlan) else found
-        check_labels(job, manifest.labels)  # of tars and of Parquet files only reading tells them
-        job.data.check_rows(manifest.rows)
+        data, manifest = prepare(job, stack)
         summary = _train_on(job, data, manifest)
     summary["seconds"] = round(time.perf_counter() - began, 1)
     log.info("%s", in_words(summary))
     return summary
+
+
+def prepare(job: TrainJob, stack: ExitStack) -> tuple[Folder, Manifest]:
+    """Return a job's data set, which is ingested before if it must be.
+
+    Args:
+        job: which.
+        stack: is given the cluster to ingest on, if one is needed; what follows may use it.
+
+    Raises:
+        DataError: if data or storage cannot be used.
+        ConfigurationError: if the images do not fit the job.
+    """
+    data, found = find_data(job)
+    if isinstance(found, IngestPlan) and not found.complete:
+        stack.enter_context(cluster())
+    manifest = ingest(found, job.data.wanted_labels) if isinstance(found, IngestPlan) else found
+    check_labels(job, manifest.labels)  # of tars and of Parquet files only reading tells them
+    job.data.check_rows(manifest.rows)
+    return data, manifest
 
 
 def _train_on(job: TrainJob, data: Folder, manifest: Manifest) -> dict[str, Any]:

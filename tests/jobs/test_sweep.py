@@ -40,6 +40,7 @@ def test_children_train_under_one_parent_and_only_once(tmp_path: Path) -> None:
     grid = "fit.learning_rate=1e-3,1e30"
     said, err = sweep(tmp_path, "--grid", grid, code=1)
     assert "1 of 2 children did not get to their end: fit.learning_rate=1e30: exit 1, the gradient of" in said["error"]
+    assert len(list((tmp_path / "data").glob("digits-*"))) == 1, "two who start at once do not ingest the same twice"
     assert "the gradient of positions" in (tmp_path / "sweeps/sweep/sweep.learning_rate-1e30.log").read_text()
 
     said, err = sweep(tmp_path, "--grid", "fit.learning_rate=1e-3 seed=0,1", "fit.learning_rate=1e-3")
@@ -92,7 +93,7 @@ def test_a_killed_sweep_takes_its_children_with_it_and_they_go_on(tmp_path: Path
     assert len(children) >= 2
     killed.kill()
     killed.communicate()
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while any(Path(f"/proc/{pid}").exists() for pid in children):
         assert time.monotonic() < end, "a child outlives its sweep"
         time.sleep(0.1)
