@@ -10,7 +10,7 @@ from tests.processes import CODE, without_ray
 pytestmark = pytest.mark.ray
 
 ENDS = """
-import gc, threading, time
+import threading, time
 import ray
 from pipelines.cluster import cluster
 
@@ -18,18 +18,16 @@ class Node:
     pass
 
 def work():
-    while not done:  # objects that come and go set off the collector of cycles, in this thread
-        kept = [[] for _ in range(2000)]
-
-done = False
-gc.disable()
-with cluster():
-    for _ in range(20_000):
+    while refs:
         node = Node()
-        node.itself, node.ref = node, ray.put(0)  # only the collector frees it, and what is Ray's with it
+        node.itself, node.ref = node, refs.pop()  # only the collector of cycles frees it, and what is Ray's with it
+        kept = [[] for _ in range(3000)]  # which sets it off, in this thread
+
+with cluster():
+    refs = [ray.put(0) for _ in range(20_000)]
     threading.Thread(target=work, daemon=True).start()
-    gc.enable()
-done = True
+    time.sleep(0.1)
+assert refs, "there was nothing left to collect"
 print("went on")
 """
 
