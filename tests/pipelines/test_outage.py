@@ -96,6 +96,7 @@ class Yard:
 @pytest.fixture
 def yard(mlflow_on_sqlite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Yard]:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
+    monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD", raising=False)  # of the other server, which goes nowhere else
     monkeypatch.setattr(
         tracking, "SERVER_PATIENCE_S", 60.0
     )  # where it is there, it may be slow: others use the machine
