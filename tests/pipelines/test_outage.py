@@ -173,7 +173,8 @@ def test_whatever_the_server_does_whenever(
     assert yard.replay() == 0
     check(yard, 3)
     if tracker.see.startswith("http"):
-        assert tracker.see.endswith(f"/runs/{yard.run().info.run_id}") and tracker.tracker_id == yard.run().info.run_id
+        its_id = yard.run().info.run_id
+        assert tracker.tracker_id == its_id and tracker.see.endswith(f"/runs/{its_id}?workflowType=machine_learning")
 
 
 def test_the_next_start_delivers_what_was_left_and_then_its_own(yard: Yard) -> None:
