@@ -7,9 +7,6 @@ Chromium must be installed; the server is that of MLFLOW_TRACKING_URI, with its 
 
 import json
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -17,18 +14,17 @@ from urllib.parse import quote
 import tyro
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page
 
 from pipelines import run_folder
-from pipelines.mlflow_find import TAG
+from pipelines.mlflow_find import run_of
 from pipelines.mlflow_run import PARENT, TRAINING_PAGES
 from pipelines.scoring import METRIC
 from pipelines.storage import Folder
+from tests.server import browser
 
-PATIENCE_MS, DRAWN_MS = 120_000, 8_000
-"""To wait for a page, and for its charts, which say nothing when they are drawn."""
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-             "--disable-component-update", "--disable-sync"]  # fmt: skip
+DRAWN_MS = 8_000
+"""To wait for charts, which say nothing when they are drawn."""
 NO_ASSISTANT = """
 localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true');
 localStorage.setItem('mlflow.assistant.panelOpen_v1', 'false');
@@ -54,29 +50,10 @@ class Settings:
     """Folder for the pictures."""
 
 
-@contextmanager
-def browser(uri: str) -> Iterator[Page]:
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=ARGUMENTS)
-        name, password = os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]
-        context = chromium.new_context(
-            base_url=uri, http_credentials={"username": name, "password": password},
-            viewport={"width": 1600, "height": 1000},
-        )  # fmt: skip
-        context.set_default_timeout(PATIENCE_MS)
-        context.add_init_script(NO_ASSISTANT)
-        yield context.new_page()
-        chromium.close()
-
-
-def children_of(client: MlflowClient, sweep: Folder) -> tuple[Run, list[Run]]:
-    """Return the run of a sweep and those of its children, the best first."""
-    everywhere = [experiment.experiment_id for experiment in client.search_experiments()]
-    (parent,) = client.search_runs(everywhere, f"tags.`{TAG}` = '{run_folder.run_id(sweep)}'")
-    best_first = [f"metrics.`{METRIC}` ASC"]
-    return parent, client.search_runs(
-        everywhere, f"tags.`{PARENT}` = '{parent.info.run_id}' AND metrics.`{METRIC}` > 0", order_by=best_first
-    )
+def children_of(client: MlflowClient, parent: Run) -> list[Run]:
+    """Return the runs of the children of a sweep that were scored, the best first."""
+    words = f"tags.`{PARENT}` = '{parent.info.run_id}' AND metrics.`{METRIC}` > 0"
+    return list(client.search_runs([parent.info.experiment_id], words, order_by=[f"metrics.`{METRIC}` ASC"]))
 
 
 def open_page(page: Page, address: str, shown: str) -> None:
@@ -104,12 +81,13 @@ def main() -> None:
     settings.out.mkdir(parents=True, exist_ok=True)
     uri = os.environ["MLFLOW_TRACKING_URI"]
     client = MlflowClient(uri)
-    parent, children = children_of(client, Folder(settings.sweep))
-    experiment = parent.info.experiment_id
+    parent = run_of(client, run_folder.run_id(Folder(settings.sweep)))
+    children, experiment = children_of(client, parent), parent.info.experiment_id
     (one,) = client.search_runs([experiment], f"attributes.run_name = '{settings.run}'")
     ids = quote(json.dumps([run.info.run_id for run in children[:4]]))
     by_score = f"orderByKey=metrics.%60{METRIC}%60&orderByAsc=true"
-    with browser(uri) as page:
+    with browser(uri, height=1000) as page:
+        page.context.add_init_script(NO_ASSISTANT)
 
         def take(name: str) -> None:
             page.screenshot(path=settings.out / f"mlflow-{name}.png")

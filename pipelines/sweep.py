@@ -163,13 +163,8 @@ def _run(job: SweepJob, children: dict[str, TrainJob], parent: str) -> dict[str,
     to_do = {apart: child for apart, child in children.items() if apart not in outcomes}
     if not to_do:
         return outcomes
-    with ExitStack() as stack:
-        stack.enter_context(cluster())
-        for child in {child.data: child for child in to_do.values()}.values():
-            try:
-                prepare(child, stack)  # once, not by each of them at the same time
-            except BrickyardError as error:  # which it will end with; the others are none the worse
-                log.warning("%s: %s", child.name, error)
+    with cluster():
+        _prepare(to_do)
         room = min(job.room(ray.cluster_resources()), len(to_do))
         log.info("%d children, %d of them done; %d train at once", len(children), len(outcomes), room)
         processes, pool = _Children(job, parent), ThreadPoolExecutor(room)
@@ -188,6 +183,16 @@ def _run(job: SweepJob, children: dict[str, TrainJob], parent: str) -> dict[str,
                 processes.end()
                 pool.shutdown(cancel_futures=True)
     return outcomes
+
+
+def _prepare(children: dict[str, TrainJob]) -> None:
+    """Ingest what children learn from, once: not each of them at the same time."""
+    with ExitStack() as stack:
+        for child in {child.data: child for child in children.values()}.values():
+            try:
+                prepare(child, stack)
+            except BrickyardError as error:  # which it will end with; the others are none the worse
+                log.warning("%s: %s", child.name, error)
 
 
 def _deliver(children: dict[str, TrainJob]) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,20 +9,15 @@ from urllib.parse import quote
 
 import numpy as np
 import pytest
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page
 
 from pipelines.entries import DataSet, Model
-from pipelines.environment import environment
-from pipelines.replay import ReplayJob, replay
 from pipelines.run_folder import RUN
 from pipelines.storage import Folder
 from pipelines.tracking import now_ms, open_tracker
 from pipelines.tracking_config import TrackingConfig
+from tests.server import browser, chromium, deliver
 
-PATIENCE_MS = 120_000
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]  # fmt: skip
-"""No sandbox of its own where it runs as root, and no word to anyone."""
 BRIGHTNESS = """wanted => [...document.images].some(image => {
     if (image.naturalWidth != 256) return false;
     const canvas = document.createElement("canvas").getContext("2d");
@@ -39,25 +33,10 @@ pytestmark = [
 
 @pytest.fixture
 def page(mlflow_server: str) -> Iterator[Page]:
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if not browser and not os.environ.get("CI"):
+    if not chromium() and not os.environ.get("CI"):
         pytest.skip("there is no Chromium: apt-get install chromium")
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=browser, args=QUIET)
-        name, password = os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]
-        context = chromium.new_context(
-            base_url=mlflow_server, http_credentials={"username": name, "password": password},
-            viewport={"width": 1600, "height": 1400},
-        )  # fmt: skip
-        context.set_default_timeout(PATIENCE_MS)
-        yield context.new_page()
-        chromium.close()
-
-
-def deliver(home: Folder, uri: str) -> None:
-    """Deliver what the server was too busy to take."""
-    with environment({"MLFLOW_TRACKING_URI": uri}):
-        replay(ReplayJob(runs=(home.url,), patience_s=120))
+    with browser(mlflow_server, height=1400) as page:
+        yield page
 
 
 def record(

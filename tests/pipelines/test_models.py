@@ -15,7 +15,6 @@ import pytest
 from pipelines import tracking
 from pipelines.champion import promote, record_score
 from pipelines.entries import DataSet, Model
-from pipelines.environment import environment
 from pipelines.errors import ConfigurationError, TryAgainError
 from pipelines.replay import ReplayJob, replay
 from pipelines.run_folder import RUN
@@ -23,6 +22,7 @@ from pipelines.storage import Folder
 from pipelines.tracking import Tracker, now_ms, open_tracker
 from pipelines.tracking_config import TrackingConfig
 from tests.faults.proxy import FaultProxy, Rule
+from tests.server import deliver
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # MLflow's own dependencies
@@ -65,8 +65,7 @@ class Run:
         for entry in entries:
             tracker.append(entry)
         tracker.finish("FINISHED")
-        with environment({"MLFLOW_TRACKING_URI": self.uri}):
-            replay(ReplayJob(runs=(self.home.url,), patience_s=120))  # on a busy machine the server may take its time
+        deliver(self.home, self.uri)  # on a busy machine the server may take its time
         assert tracker.tracker_id
         return tracker.tracker_id
 
