@@ -313,6 +313,7 @@ def test_what_comes_late_from_elsewhere_does_not_end_what_goes_on(yard: Yard) ->
     with pytest.MonkeyPatch.context() as context:
         no_patience(context)
         late.finish("FAILED")
+    until(lambda: late._delivery.ended)  # or its last request would get through, and make a run of its own
     yard.proxy.rules = []
     phase(tracker := yard.start(), 0)
     until(lambda: bool(yard.runs()) and yard.run().data.tags.get("until") == "100")

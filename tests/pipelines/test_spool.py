@@ -56,11 +56,11 @@ def test_metrics_in_a_row_come_out_together_up_to_what_one_request_takes(tmp_pat
 
 def test_a_full_spool_takes_what_still_fits_and_counts_the_rest(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "spool.db", TARGET, max_bytes=MB)
-    half = File("half", bytes(MB // 2 - 1000))
+    half = File("half", 7, bytes(MB // 2 - 1000))
     assert [spool.append(half), spool.append(half), spool.append(half), spool.append(Tags({"a": "b"}, 0))] == [
         True, True, False, True,
     ]  # fmt: skip
-    assert spool.append(File("rest", bytes(MB - spool.size_bytes() - 200)))
+    assert spool.append(File("rest", 7, bytes(MB - spool.size_bytes() - 200)))
     assert not spool.append(Metrics({"m" * 200: 0.0}, 0, 0)) and spool.dropped() == 2
     assert spool.append(End("FINISHED", 0, 0, 2)), "a run that ends must be seen to end"
     assert spool.size_bytes() <= MB + 200
@@ -134,7 +134,7 @@ def test_a_copy_holds_what_is_then_forgotten_here(tmp_path: Path) -> None:
         raise OSError("storage took no copy")
     assert spool.entries() == len(ALL)
     with spool.copied() as content:
-        spool.append(File("late", b""))  # while the copy is on its way
+        spool.append(File("late", 7, b""))  # while the copy is on its way
         (tmp_path / "copy.db").write_bytes(content)
     assert emptied(Spool(tmp_path / "copy.db", None)) == ALL
-    assert emptied(spool) == [File("late", b"")]
+    assert emptied(spool) == [File("late", 7, b"")]
