@@ -8,7 +8,7 @@ import logging
 import math
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -81,8 +81,8 @@ class Listener:
         """Take a sentence that the user should read. (rank 0)"""
         log.warning("%s", text)
 
-    def pause(self) -> None:
-        """What begins now takes longer than a step. (all ranks)"""
+    def at_work(self) -> None:
+        """What takes longer than a step goes on. (all ranks)"""
 
 
 class DivergedError(BrickyardError):
@@ -211,8 +211,7 @@ def fit(  # noqa: PLR0912, PLR0915  (the one long story)
             feed.reset()
             since, reported, skipped = time.perf_counter(), state.position, 0
         if state.position % config.grid_images == 0 or state.position == config.images:
-            listener.pause()
-            grid = draw_grid(state, schedule, x_0.shape[1:], config.objective, world)
+            grid = draw_grid(state, schedule, x_0.shape[1:], config.objective, world, listener.at_work)
             if world.rank == 0:
                 listener.picture(grid, state.position)
 
@@ -276,11 +275,17 @@ def told_labels(network: nn.Module, label: Tensor, seed: int, position: Tensor, 
 
 
 def draw_grid(
-    state: State, schedule: Schedule, shape: torch.Size, objective: ObjectiveConfig, world: World, n: int = GRID
+    state: State,
+    schedule: Schedule,
+    shape: torch.Size,
+    objective: ObjectiveConfig,
+    world: World,
+    at_work: Callable[[], None],
+    n: int = GRID,
 ) -> Tensor:
     """Draw the samples of seeds 0..n-1 from the average of the weights, shared out over the workers. (all ranks)
 
-    A network that knows labels is asked for one after the other.
+    A network that knows labels is asked for one after the other. ``at_work`` is called at each evaluation.
 
     Returns:
         float [n, C, H, W] in [-1, 1], the same on every rank.
@@ -292,6 +297,7 @@ def draw_grid(
     network = guided(state.model, seeds % classes) if classes else state.model
 
     def in_its_dtype(x_t: Tensor, t: Tensor) -> Tensor:
+        at_work()
         return network(x_t.to(dtype), t).to(x_t.dtype)
 
     eps_theta = as_eps(in_its_dtype, objective.target, schedule.to(world.device))

@@ -9,7 +9,6 @@ import math
 import traceback
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NoReturn
 
 import ray
@@ -117,6 +116,8 @@ class WorkerListener(Listener):
         self.task, self.world, self._usage = task, world, usage
         self._position, self._notice = start, Notice(world)
         self._watch = Watch(task.job.scaling.hang_s, self._hanging)
+        # Here, where all ranks meet, and not when it is first due: then nobody watches.
+        self.saver = Saver(task.job.run, task.about, world, task.job.keep_checkpoints, self._say_saved)
 
     def report(self, metrics: dict[str, float], position: int) -> None:
         self.send(Report(position, metrics))
@@ -135,9 +136,11 @@ class WorkerListener(Listener):
     def leave(self, state: State) -> NoReturn:
         """Go, to be started again from the newest checkpoint, which is this state if storage took it."""
         self.settle()
+        self._watch.step()
         if self.world.rank == 0:
             self.send(Left(state.position, self._notice.why))
         self.world.sum(torch.zeros(1, device=self.world.device))  # when one is gone, Ray Train ends the others
+        self._watch.pause()
         leave()
 
     def _hanging(self, stacks: str) -> None:
@@ -146,11 +149,11 @@ class WorkerListener(Listener):
     def warn(self, text: str, position: int) -> None:
         self.task.warn(text, position)
 
-    def pause(self) -> None:
-        self._watch.pause()
+    def at_work(self) -> None:
+        self._watch.step()
 
     def flush(self) -> None:
-        self.pause()
+        self._watch.pause()
         self.saver.flush()
 
     def settle(self) -> None:
@@ -159,15 +162,9 @@ class WorkerListener(Listener):
             self.flush()
 
     def checkpoint(self, state: State) -> None:
-        self.pause()
+        self._watch.pause()
         self.saver.save(state)
         self._watch.step()
-
-    @cached_property
-    def saver(self) -> Saver:
-        """Made by all ranks together, when the first checkpoint is due."""
-        job = self.task.job
-        return Saver(job.run, self.task.about, self.world, job.keep_checkpoints, self._say_saved)
 
     def _say_saved(self, saved: Saved) -> None:
         if saved.failure:

@@ -14,9 +14,13 @@ import torch.distributed as dist
 from models.noise import normal
 from models.parallelize import ParallelConfig
 from pipelines import checkpoints
+from pipelines.config import DataConfig, TrainJob
 from pipelines.fit import State
+from pipelines.record import Message
 from pipelines.saver import Saved, Saver
+from pipelines.scaling import ScalingConfig
 from pipelines.storage import Folder
+from pipelines.worker import TrainTask, WorkerListener
 from pipelines.world import World
 from tests.pipelines.states import ABOUT, SAVED, tiny_state
 
@@ -106,10 +110,33 @@ def dies(folder: Path, world: World) -> None:
     os._exit(0)  # the group is broken
 
 
+class Heard(WorkerListener):
+    """Prints what it has to say."""
+
+    def send(self, message: Message) -> None:
+        sys.stdout.write(f"{message}\n")
+        sys.stdout.flush()
+
+
+def stands_still(folder: Path, world: World) -> None:
+    """Rank 1 is stopped at the first checkpoint, where rank 0 waits for nothing but storage."""
+    job = TrainJob(root=str(folder), data=DataConfig(builtin="digits"), fit=SAVED, scaling=ScalingConfig(hang_s=2))
+    listener = Heard(TrainTask(job, None, None, ABOUT, None), world, 0, None)  # type: ignore[arg-type]
+    state = spread("ddp", world.size, 0)
+    step(state)
+    listener.notice()
+    if world.rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    listener.checkpoint(state)
+    listener.notice()
+    dist.barrier()  # the gradient of the next step
+
+
 if __name__ == "__main__":
     folder, scenario, size, rank = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     torch.set_num_threads(1)
     meeting = f"file://{folder}/meeting-{'-'.join([scenario, *sys.argv[5:]])}"
     dist.init_process_group("gloo", init_method=meeting, world_size=size, rank=rank)
-    {"chain": chain, "refused": refused, "dies": dies}[scenario](folder, World(rank, size), *sys.argv[5:])
+    scenarios = {"chain": chain, "refused": refused, "dies": dies, "stands_still": stands_still}
+    scenarios[scenario](folder, World(rank, size), *sys.argv[5:])
     dist.destroy_process_group()

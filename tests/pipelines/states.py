@@ -119,7 +119,11 @@ class Ear(Listener):
         self.reports: list[tuple[int, dict[str, float]]] = []
         self.pictures: list[tuple[int, Tensor]] = []
         self.checkpoints: list[int] = []
+        self.evaluations = 0
         self._on_checkpoint = on_checkpoint
+
+    def at_work(self) -> None:
+        self.evaluations += 1
 
     def report(self, metrics: dict[str, float], position: int) -> None:
         self.reports.append((position, metrics))

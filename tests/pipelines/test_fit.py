@@ -37,6 +37,7 @@ def test_it_speaks_when_it_should(digits: Digits, tiny_fit: FitConfig) -> None:
     assert ear.checkpoints == [128, 256, 384]
     grid = ear.pictures[-1][1]
     assert grid.shape == (64, 1, 8, 8) and grid.abs().max() < 1.001
+    assert ear.evaluations == 2 * 20, "a grid is longer than a step, and no silence"
     bands = {f"loss_band_{i}_of_4" for i in range(1, 5)}
     assert set(ear.reports[0][1]) == bands | {
         "loss", "gradient_norm", "learning_rate", "images_per_s", "data_wait_percent", "images_replaced",

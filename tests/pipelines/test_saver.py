@@ -21,7 +21,7 @@ from pipelines.storage import Folder
 from pipelines.world import World
 from tests.faults.proxy import FaultProxy, Rule
 from tests.pipelines.states import ABOUT, flat, fresh, loaded, stepped, tensors
-from tests.processes import CODE, wait_for
+from tests.processes import CODE, kill, wait_for
 
 ALONE = World()
 
@@ -250,3 +250,18 @@ def test_a_worker_that_dies_while_saving_is_not_waited_for(tmp_path: Path) -> No
     assert start(tmp_path, "dies", 2) == [0, -signal.SIGKILL]
     assert (tmp_path / "said").exists()
     assert checkpoints.newest(Folder(f"{tmp_path}/run"))[1].position == 32  # type: ignore[index]
+
+
+def test_a_worker_that_stands_still_at_a_checkpoint_is_not_taken_for_slow_storage(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.pipelines.saver_worker", str(tmp_path), "stands_still", "2"]
+    waits, still = (
+        subprocess.Popen([*command, str(rank)], cwd=CODE, text=True, stdout=subprocess.PIPE, start_new_session=True)
+        for rank in range(2)
+    )
+    try:
+        said, _ = waits.communicate(timeout=120)
+    finally:
+        kill(still)
+        kill(waits)
+    assert waits.returncode == 70, said
+    assert "Hanging(" in said and "stands_still" in said, "where it stands"
