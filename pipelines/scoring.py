@@ -21,6 +21,7 @@ from pipelines.champion import promote, record_score
 from pipelines.cluster import cluster
 from pipelines.config import ScoreJob
 from pipelines.errors import ConfigurationError, DataError
+from pipelines.features import FeatureConfig, pixel_features
 from pipelines.images import Pixels, View
 from pipelines.manifest import Manifest
 from pipelines.mlflow_door import check_trusted
@@ -28,8 +29,6 @@ from pipelines.sampling import MANIFEST, SUCCESS, read_samples
 from pipelines.storage import Folder
 
 METRIC = "frechet_distance"
-MAX_FEATURES = 3072
-"""Pixels of a picture up to which they serve as its features: 32 × 32 in RGB. Σxxᵀ is the square of that."""
 
 log = logging.getLogger("brickyard.scoring")
 
@@ -77,11 +76,6 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     mixed = np.sqrt(np.linalg.eigvalsh(root @ b.covariance @ root).clip(0)).sum()
     apart = np.square(a.mean - b.mean).sum()
     return float(apart + np.trace(a.covariance) + np.trace(b.covariance) - 2 * mixed)
-
-
-def pixel_features(pixels: Pixels) -> NDArray[np.float64]:
-    """Map uint8 [n, H, W, C] to [n, HWC] in [0, 1]."""
-    return pixels.reshape(len(pixels), -1) / 255.0
 
 
 @dataclass(frozen=True)
@@ -170,10 +164,7 @@ class Comparison:
                 f"{' x '.join(map(str, manifest.shape))}; they cannot be compared"
             )
         view = View(side=height, channels=channels, zoom=about["lineage"].get("zoom", 1.0))
-        if channels * height * width > MAX_FEATURES:
-            raise DataError(
-                f"pixels serve as features up to {MAX_FEATURES} of them; these have {channels * height * width}"
-            )
+        FeatureConfig().check_shape((height, width, channels))
         return Comparison(samples, about, reference, manifest, view)
 
 

@@ -21,6 +21,7 @@ from pipelines.config import TrainJob
 from pipelines.digits import write_digits
 from pipelines.entries import DataSet, without_password
 from pipelines.errors import ConfigurationError, checked
+from pipelines.features import MAX_PIXELS
 from pipelines.images import View
 from pipelines.ingest import ingest
 from pipelines.ingest_plan import IngestPlan
@@ -28,7 +29,7 @@ from pipelines.lineage import Trained, git_revision, ray_job
 from pipelines.manifest import NAME, Manifest
 from pipelines.plain import flatten, to_dict, to_yaml
 from pipelines.results import evaluate, export, record_results
-from pipelines.scoring import MAX_FEATURES, METRIC
+from pipelines.scoring import METRIC
 from pipelines.storage import Folder
 from pipelines.summary import in_words
 from pipelines.tracking import Tracker, ending, open_tracker, resolve_uri
@@ -183,9 +184,9 @@ def check_shape(job: TrainJob, view: View) -> None:
     with checked():
         job.network.check_side(view.side)
     pixels = math.prod(view.shape)
-    if job.evaluate_images and pixels > MAX_FEATURES:
+    if job.evaluate_images and pixels > MAX_PIXELS:
         raise ConfigurationError(
-            f"evaluate_images is {job.evaluate_images}; the score knows pixels only, up to {MAX_FEATURES} of them, and "
+            f"evaluate_images is {job.evaluate_images}; the score knows pixels only, up to {MAX_PIXELS} of them, and "
             f"these images have {pixels}: give --evaluate-images 0, and draw samples with jobs/sample.py"
         )
     for sentence in job.network.idle_settings(view.side):

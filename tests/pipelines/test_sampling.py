@@ -20,6 +20,7 @@ from pipelines.checkpoints import Checkpoint
 from pipelines.config import DrawConfig, SampleJob, ScoreJob
 from pipelines.digits import write_digits
 from pipelines.errors import ConfigurationError, DataError
+from pipelines.features import pixel_features
 from pipelines.fit import new_state
 from pipelines.images import decode
 from pipelines.ingest import ingest
@@ -27,7 +28,7 @@ from pipelines.ingest_plan import IngestConfig, IngestPlan
 from pipelines.plain import to_dict
 from pipelines.sample_plan import plan_samples
 from pipelines.sampling import draw_samples, dry_run, verify
-from pipelines.scoring import Moments, frechet_distance, pixel_features, score_job
+from pipelines.scoring import Moments, frechet_distance, score_job
 from pipelines.storage import Folder
 from pipelines.world import World
 from tests.pipelines.states import FIT, TINY

@@ -3,7 +3,8 @@ import pytest
 from scipy.linalg import sqrtm
 
 from pipelines.errors import DataError
-from pipelines.scoring import Moments, frechet_distance, pixel_features
+from pipelines.features import pixel_features
+from pipelines.scoring import Moments, frechet_distance
 
 
 def correlated(rng: np.random.Generator, n: int, features: int) -> np.ndarray:
