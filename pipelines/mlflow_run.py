@@ -1,5 +1,6 @@
 """What a run holds, told to MLflow. Each thing may be told twice, since an answer can be lost after the deed: then
-nothing changes. With :mod:`pipelines.mlflow_find` and :mod:`pipelines.mlflow_models`, all that imports MLflow.
+nothing changes. With :mod:`pipelines.mlflow_find`, :mod:`pipelines.mlflow_models` and :mod:`pipelines.mlflow_registry`,
+all that imports MLflow.
 """
 
 import io

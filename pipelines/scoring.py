@@ -25,7 +25,8 @@ from pipelines.features import FeatureConfig, pixel_features
 from pipelines.images import Pixels, View
 from pipelines.manifest import Manifest
 from pipelines.mlflow_door import check_trusted
-from pipelines.sampling import MANIFEST, SUCCESS, read_samples
+from pipelines.sample_shards import read_samples
+from pipelines.sampling import MANIFEST, SUCCESS
 from pipelines.storage import Folder
 
 METRIC = "frechet_distance"

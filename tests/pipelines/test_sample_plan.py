@@ -14,12 +14,14 @@ from jobs.presets import DIGITS
 from models.network import NetworkConfig
 from models.objective import ObjectiveConfig
 from pipelines import checkpoints
-from pipelines.config import DrawConfig, SampleJob, TrainJob
+from pipelines.config import TrainJob
+from pipelines.draw_config import DrawConfig
+from pipelines.draw_shard import DrawShard
 from pipelines.errors import ConfigurationError
 from pipelines.images import decode
 from pipelines.plain import to_dict
+from pipelines.sample_config import SampleJob
 from pipelines.sample_plan import WHAT_A_SAMPLE_DEPENDS_ON, SamplePlan, check_claim, identity, plan_samples
-from pipelines.sampling import DrawShard
 from pipelines.storage import Folder
 from pipelines.world import World
 from tests.pipelines.states import ABOUT, FIT, TINY, VARIANTS, tiny_state
@@ -92,7 +94,7 @@ def test_each_setting_that_changes_pictures_makes_other_samples(run: Folder, tmp
             assert not np.array_equal(drawn(theirs)[1], pictures), name
     with pytest.raises(ConfigurationError, match="holds other samples"):
         check_claim(mine)
-    assert set(other) | {"eta", "ema_std"} == set(WHAT_A_SAMPLE_DEPENDS_ON)
+    assert set(other) | {"eta", "ema_std", "compile"} == set(WHAT_A_SAMPLE_DEPENDS_ON)
     with_eta = [drawn(plan(run, tmp_path / f"eta{eta}", sampler="ddim", eta=eta))[1] for eta in (0.0, 1.0)]
     assert not np.array_equal(*with_eta)
 

@@ -17,8 +17,9 @@ from models.schedule import article
 from models.unet import UNet
 from pipelines import checkpoints
 from pipelines.checkpoints import Checkpoint
-from pipelines.config import DrawConfig, SampleJob, ScoreJob
+from pipelines.config import ScoreJob
 from pipelines.digits import write_digits
+from pipelines.draw_config import DrawConfig
 from pipelines.errors import ConfigurationError, DataError
 from pipelines.features import pixel_features
 from pipelines.fit import new_state
@@ -26,6 +27,7 @@ from pipelines.images import decode
 from pipelines.ingest import ingest
 from pipelines.ingest_plan import IngestConfig, IngestPlan
 from pipelines.plain import to_dict
+from pipelines.sample_config import SampleJob
 from pipelines.sample_plan import plan_samples
 from pipelines.sampling import draw_samples, dry_run, verify
 from pipelines.scoring import Moments, frechet_distance, score_job
@@ -174,7 +176,7 @@ def test_without_the_training_data_only_the_strip_is_missing(run: Folder, sample
     moved = replace(plan.trained, checkpoint=replace(plan.trained.checkpoint, data_url=(samples / "gone").url))
     (Path(samples.path()) / "_SUCCESS").unlink()
     (Path(samples.path()) / "strip.png").unlink()
-    draw_samples(replace(plan, trained=moved))
+    draw_samples(replace(plan, asked=replace(plan.asked, trained=moved)))
     assert verify(samples)["verified"] == 25
     assert not samples.exists("strip.png")
 
