@@ -5,13 +5,14 @@ the shards that are missing and no other, and the pixels of a seed do not depend
 All of it is read back before ``manifest.json`` and ``_SUCCESS``, which come last.
 """
 
-import contextlib
 import json
 import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,8 +31,10 @@ from pipelines.pictures import contact_sheet, strip
 from pipelines.progress import SampleProgress
 from pipelines.sample_config import Form, SampleJob
 from pipelines.sample_plan import CLAIM, SamplePlan, check_claim, claim, plan_samples
+from pipelines.sample_record import recorded
 from pipelines.sample_shards import DamagedShardError
 from pipelines.storage import Folder
+from pipelines.tracking import Tracker
 
 MANIFEST, SUCCESS = "manifest.json", "_SUCCESS"
 SHEET, STRIP = "contact-sheet.png", "strip.png"
@@ -47,12 +50,17 @@ AGAIN = "delete that file and run the sampling job again"
 log = logging.getLogger("brickyard.sampling")
 
 
-def draw_samples(plan: SamplePlan, check: Callable[[], None] = lambda: None) -> dict[str, Any]:
+def draw_samples(
+    plan: SamplePlan,
+    check: Callable[[], None] = lambda: None,
+    record: Callable[[str], AbstractContextManager[Tracker]] = lambda run_id: nullcontext(Tracker()),
+) -> dict[str, Any]:
     """Write every shard that is missing, read all of them back, then write the pictures, the manifest and ``_SUCCESS``.
 
     Args:
         plan: what to draw.
         check: is called between shards, and before the last files: it raises if this job is to write no more.
+        record: opens the record of the job, if there is something to do, of the samples with an id of ours.
 
     Returns:
         What was done: counts, seconds and where it is.
@@ -63,43 +71,48 @@ def draw_samples(plan: SamplePlan, check: Callable[[], None] = lambda: None) -> 
         TryAgainError: if another job has just begun there with a newer network, or if ``check`` says so.
     """
     out, began = plan.out, time.perf_counter()
-    if not out.create(CLAIM, claim(plan)):
-        check_claim(plan)
+    run_id = claim(plan)
     present = set(out.names())
     missing = [shard for shard in range(plan.shards) if sample_shards.shard_name(shard) not in present]
-    drawn = 0
+    summary = {"samples": out.url, "images": len(plan.seeds), "drawn_now": 0}
     if missing or SUCCESS not in present:
-        log.info("sample: %d seeds in %d shards, %d to draw", len(plan.seeds), plan.shards, len(missing))
-        with cluster():
-            files: dict[int, dict[str, Any]] = {}
-            for attempt in range(ROUNDS):
-                drawn += _draw(plan, missing, attempt > 0, check)
-                unread = [shard for shard in range(plan.shards) if shard not in files]
-                missing = []
-                for shard, found in _read_back(plan_reader(plan), unread):
-                    if isinstance(found, str):
-                        log.warning("%s: it is drawn again", found)
-                        missing.append(shard)
-                    else:
-                        files[shard] = found
-                if not missing:
-                    break
-            else:
-                raise DataError(f"{out.url} does not keep what is written there: {len(missing)} shards are damaged")
-            check()
-            _finish(plan, [files[shard] for shard in range(plan.shards)])
-    seconds = time.perf_counter() - began
-    return {
-        "samples": out.url,
-        "images": len(plan.seeds),
-        "drawn_now": drawn,
-        "images_per_s": round(drawn / seconds, 1) if drawn else 0.0,
-        "seconds_per_image": round(seconds / drawn, 6) if drawn else 0.0,
-        "seconds": round(seconds, 1),
+        with record(run_id) as tracker:
+            drawn = _draw_and_finish(plan, missing, check, tracker)
+            seconds = time.perf_counter() - began
+            rates = {"images_per_s": drawn / seconds, "seconds_per_image": seconds / drawn} if drawn else {}
+            tracker.metrics({**rates, "seconds": seconds, "drawn_now": drawn}, len(plan.seeds))
+        summary |= {"drawn_now": drawn, **{name: round(rate, 6) for name, rate in rates.items()}}
+        summary |= {"see": tracker.see} if tracker.run_id else {}
+    return summary | {
+        "seconds": round(time.perf_counter() - began, 1),
         "contact_sheet": f"{out.url}/{SHEET}",
         "strip": f"{out.url}/{STRIP}",
         "lineage": plan.lineage,
     }
+
+
+def _draw_and_finish(plan: SamplePlan, missing: list[int], check: Callable[[], None], tracker: Tracker) -> int:
+    """Draw what is missing, read everything back, draw what is damaged, and finish. Return how many were drawn."""
+    log.info("sample: %d seeds in %d shards, %d to draw", len(plan.seeds), plan.shards, len(missing))
+    drawn, files = 0, dict[int, dict[str, Any]]()
+    read = ReadBack(plan.out, plan.seeds, plan.draw.shard_images, plan.trained.checkpoint.shape, plan.also)
+    with cluster():
+        for attempt in range(ROUNDS):
+            drawn += _draw(plan, missing, attempt > 0, check)
+            missing = []
+            for shard, found in _read_back(read, [shard for shard in range(plan.shards) if shard not in files]):
+                if isinstance(found, str):
+                    log.warning("%s: it is drawn again", found)
+                    missing.append(shard)
+                else:
+                    files[shard] = found
+            if not missing:
+                break
+        else:
+            raise DataError(f"{plan.out.url} does not keep what is written there: {len(missing)} shards are damaged")
+        check()
+        _finish(plan, [files[shard] for shard in range(plan.shards)], tracker)
+    return drawn
 
 
 def _draw(plan: SamplePlan, shards: list[int], anew: bool, check: Callable[[], None]) -> int:
@@ -146,11 +159,6 @@ class ReadBack:
         return {"shard": shard, "found": json.dumps(found), "wrong": ""}
 
 
-def plan_reader(plan: SamplePlan) -> ReadBack:
-    """Return what reads the shards of a plan back."""
-    return ReadBack(plan.out, plan.seeds, plan.draw.shard_images, plan.trained.checkpoint.shape, plan.also)
-
-
 def _read_back(read: ReadBack, shards: list[int]) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """Yield what each shard is, or what is wrong with it."""
     rows = [{"id": shard} for shard in shards]
@@ -159,12 +167,16 @@ def _read_back(read: ReadBack, shards: list[int]) -> Iterator[tuple[int, dict[st
         yield row["shard"], row["wrong"] or json.loads(row["found"])
 
 
-def _finish(plan: SamplePlan, files: list[dict[str, Any]]) -> None:
+def _finish(plan: SamplePlan, files: list[dict[str, Any]], tracker: Tracker) -> None:
     out = plan.out
     first = sample_shards.read_samples(out, [sample_shards.shard_name(0)], plan.trained.checkpoint.shape)[:SHEET_IMAGES]
-    out.put(SHEET, encode(contact_sheet(first), "png"))
+    sheet = contact_sheet(first)
+    out.put(SHEET, encode(sheet, "png"))
+    tracker.picture(sheet, "samples", len(plan.seeds))
     try:
-        out.put(STRIP, encode(draw_strip(plan), "png"))
+        strip_of_one = encode(draw_strip(plan), "png")
+        out.put(STRIP, strip_of_one)
+        tracker.file(STRIP, strip_of_one)
     except DataError as error:
         log.warning("no strip, since the training data cannot be read: %s", error)
     about = {
@@ -174,8 +186,10 @@ def _finish(plan: SamplePlan, files: list[dict[str, Any]]) -> None:
         "shape": list(plan.trained.checkpoint.shape),
         "labels": plan.trained.labels,
         "lineage": plan.lineage,
+        "recorded": {"uri": tracker.uri, "run": tracker.run_id},
         "files": files,
     }
+    tracker.file("lineage.json", json.dumps(plan.lineage, indent=1).encode())
     out.put(MANIFEST, json.dumps(about, indent=1).encode())
     out.put(SUCCESS, b"")
 
@@ -208,7 +222,7 @@ def verify(folder: Folder) -> dict[str, Any]:
     read = ReadBack(folder, seeds, per_shard, tuple(about["shape"]), tuple(about.get("also", ())))
     if len(files) * per_shard < len(seeds) or sum(file["images"] for file in files) != len(seeds):
         raise DataError(f"{folder.url} does not hold each seed of {first}-{last} once; {AGAIN}")
-    with cluster() if len(files) > FEW else contextlib.nullcontext():
+    with cluster() if len(files) > FEW else nullcontext():
         for shard, found in _read_back(read, list(range(len(files)))):
             if isinstance(found, str):
                 raise DataError(f"{found}; {AGAIN}")
@@ -219,7 +233,10 @@ def verify(folder: Folder) -> dict[str, Any]:
 
 def sample_job(job: SampleJob) -> dict[str, Any]:
     """Do what the job says: draw, or verify."""
-    return verify(Folder(job.out)) if job.verify else draw_samples(plan_samples(job))
+    if job.verify:
+        return verify(Folder(job.out))
+    plan = plan_samples(job)
+    return draw_samples(plan, record=partial(recorded, job, plan))
 
 
 def dry_run(job: SampleJob) -> dict[str, Any]:
