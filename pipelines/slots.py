@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 MINUTE = timedelta(minutes=1)
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _UNITS = {"m": MINUTE, "h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}
-_NAME = re.compile(r"\d{4}-\d\d-\d\dT\d\d-\d\dZ")
+_NAME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}-[0-9]{2}Z")
 
 
 def period(text: str) -> timedelta:
@@ -20,7 +20,7 @@ def period(text: str) -> timedelta:
     Raises:
         ValueError: if it is something else.
     """
-    match = re.fullmatch(r"(\d{1,6})([mhdw])", text)
+    match = re.fullmatch(r"([0-9]{1,6})([mhdw])", text)
     if not match:
         raise ValueError("it must be a whole number of minutes, hours, days or weeks, such as 30m, 12h, 1d or 2w")
     return int(match[1]) * _UNITS[match[2]]
@@ -98,5 +98,5 @@ def before(
         late: how old a slot may be.
     """
     began = min((one for one in known if one < slot and (slot - one) % every == timedelta()), default=slot)
-    several = max(0, (slot - max(began, now - late)) // every)
+    several = min(slot - began, late - (now - slot)) // every
     return [slot - every * back for back in range(several, 0, -1)]
