@@ -150,7 +150,7 @@ def hold(folder: Folder, lease_s: float, wait_s: float = 0, about: str = "") -> 
 
 def _take(folder: Folder, lease_s: float, wait_s: float, about: str) -> Lease | None:
     nothing = (0, b"")
-    seen, since, began, alive = nothing, now_s(), now_s(), False
+    seen, since, began, alive, told = nothing, now_s(), now_s(), False, False
     while True:
         looked = now_s()
         found = _look(folder)
@@ -165,8 +165,10 @@ def _take(folder: Folder, lease_s: float, wait_s: float, about: str) -> Lease | 
                     log.warning("%s: taken over from %s, which gives no sign of life", folder.url, _who(said))
                 return lease
             alive = True  # somebody was faster
+        if alive and not told:
+            told = True
+            log.info("%s: held by %s, which is alive", folder.url, _who(_read(_look(folder)[1])))
         if alive and now_s() - began >= wait_s:
-            log.info("%s: %s holds the lease", folder.url, _who(_read(_look(folder)[1])))
             return None
         time.sleep(theirs_s / SIGNS / 2)
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from threading import Timer
 
 import pytest
 
@@ -21,6 +22,8 @@ from tests.processes import CODE, without_ray
 
 LEASE_S = 6.0
 """Six times what a holder takes to give a sign of life, on a machine where much else runs."""
+PATIENCE_S = 90.0
+"""For which a process may live that says nothing of what it is asked."""
 
 
 @pytest.fixture(params=["on this machine", "on s3"])
@@ -38,6 +41,17 @@ class Worker:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 
+        self._patience = Timer(PATIENCE_S, self.process.kill)
+        self._patience.start()
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._patience.cancel()
+        self.process.kill()
+        self.process.communicate()
+
     def hears(self) -> str:
         assert self.process.stdout
         return self.process.stdout.readline().strip()
@@ -54,14 +68,7 @@ class Worker:
 @pytest.fixture
 def start(folder: Folder) -> Iterator[Callable[[str], Worker]]:
     with ExitStack() as stack:
-
-        def one(how: str) -> Worker:
-            worker = Worker(how, folder)
-            stack.enter_context(worker.process)
-            stack.callback(worker.process.kill)
-            return worker
-
-        yield one
+        yield lambda how: stack.enter_context(Worker(how, folder))
 
 
 def commits(folder: Folder) -> list[str]:
@@ -92,7 +99,7 @@ def test_of_eight_that_do_not_wait_one_at_a_time_works(folder: Folder, start: Ca
 
 
 def test_after_a_kill_another_takes_over(folder: Folder, start: Callable[[str], Worker]) -> None:
-    first, second = start("commit"), None
+    first = start("commit")
     assert first.hears() == "holds 1"
     second = start("commit")
     first.say("go on")
@@ -105,9 +112,18 @@ def test_after_a_kill_another_takes_over(folder: Folder, start: Callable[[str], 
     assert commits(folder) == ["1", "2"]
 
 
+def test_one_that_would_leave_finds_out_whether_the_holder_lives(
+    folder: Folder, start: Callable[[str], Worker]
+) -> None:
+    first = start("commit")
+    assert first.hears() == "holds 1"
+    first.process.kill()
+    assert start("leave").hears() == "holds 2"
+
+
 def test_one_that_was_stopped_for_too_long_commits_no_more(folder: Folder, start: Callable[[str], Worker]) -> None:
     """It believes in its lease until it looks: it was asleep when another took it."""
-    first, second = start("commit"), None
+    first = start("commit")
     assert first.hears() == "holds 1"
     first.say("go on")
     assert first.hears() == "committed"
@@ -207,19 +223,34 @@ def test_storage_that_is_away_for_a_moment_costs_nothing(s3: Folder, proxy: Faul
         lease.check()
 
 
-@pytest.mark.parametrize("rule", [Rule("503"), Rule("slow", method="PUT", slow_s=1.5 * LEASE_S)], ids=lambda r: r.fault)
-def test_storage_that_is_away_for_longer_ends_the_belief(s3: Folder, proxy: FaultProxy, rule: Rule) -> None:
-    """For good, also when it is back, and though nobody else took the lease; a sign of life that took too long to
-    arrive is none, since others may have seen none."""
+def test_storage_that_is_away_for_longer_ends_the_belief(s3: Folder, proxy: FaultProxy) -> None:
+    """For good, also when it is back, and though nobody else took the lease."""
     with hold(behind(s3), LEASE_S) as lease:
         assert lease
-        proxy.rules = [rule]
+        proxy.rules = [Rule("503")]
         wait_until(lambda: lease.lost)
         proxy.rules = []
         with pytest.raises(TryAgainError, match="storage took no sign of life"):
             lease.check()
     with hold(behind(s3), LEASE_S) as lease:
         assert lease and lease.fence.number == 2
+
+
+@pytest.fixture
+def direct(s3: Folder) -> Folder:
+    """The folder of the lease, by a client that does without the proxy."""
+    assert (s3 / "lease").names() == s3.names() == []
+    return s3
+
+
+def test_a_sign_of_life_that_arrives_too_late_is_none(direct: Folder, proxy: FaultProxy) -> None:
+    """It began in time, so that it would do for a while; but before it was there others may have looked."""
+    with hold(behind(direct), LEASE_S) as lease:
+        assert lease
+        proxy.rules = [Rule("slow", method="PUT", slow_s=0.85 * LEASE_S)]
+        wait_until(lambda: json.loads(direct.get("lease/lease-000001.json"))["beat"])
+        with pytest.raises(TryAgainError, match="storage took no sign of life"):
+            lease.check()
 
 
 def test_to_leave_storage_that_is_away_takes_a_moment(
