@@ -6,6 +6,7 @@ from typing import Literal
 
 from pipelines.draw_config import DrawConfig
 from pipelines.errors import ConfigurationError
+from pipelines.firing_config import FiringConfig
 from pipelines.storage import settled
 from pipelines.tracking_config import TrackingConfig
 
@@ -32,6 +33,8 @@ class SampleJob:
     """Write the samples as WebDataset tars (in tar/) and single pictures (in png/) as well."""
     verify: bool = False
     """Draw nothing: prove that the folder holds each of its seeds once, as it was written."""
+    firing: FiringConfig = field(default_factory=FiringConfig)
+    """With a slot the job is a firing of a schedule: the samples of each slot have a folder of their own below out."""
     tracking: TrackingConfig = field(default_factory=lambda: TrackingConfig(experiment="brickyard-samples"))
     """Where the job is recorded, as a run of its own; where models:/ and runs:/ are looked up, too. An empty uri also
     means the tracker of the training."""
@@ -40,6 +43,11 @@ class SampleJob:
         for name in ("out", "labels"):
             object.__setattr__(self, name, settled(getattr(self, name)))
         self.seed_range  # noqa: B018  (it checks)
+        if self.firing.slot and self.verify:
+            raise ConfigurationError(
+                f"firing.slot is {self.firing.slot!r}, and verify is asked for: leave that out and give --out the "
+                "folder of the slot"
+            )
         if not self.checkpoint and not self.verify:
             raise ConfigurationError("checkpoint is empty: give --checkpoint FOLDER of a run, or --verify")
         if self.labels and self.draw.label:

@@ -45,6 +45,7 @@ def recorded(job: SampleJob, plan: SamplePlan, run_id: str) -> Iterator[Tracker]
         "brickyard.data_digest": lineage["data_digest"],
         "brickyard.git_revision": lineage["git_revision"],
         "brickyard.model_version": plan.asked.version,
+        "brickyard.slot": job.firing.slot,
         "brickyard.host": socket.gethostname(),
         "brickyard.ray_job": ray_job(),
     }

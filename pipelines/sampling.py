@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,8 @@ from pipelines import sample_shards
 from pipelines.cluster import cluster
 from pipelines.draw_shard import DrawShard
 from pipelines.errors import DataError
+from pipelines.firing import SUCCESS as SUCCESS
+from pipelines.firing import Slot, due, fire
 from pipelines.fit import pixels_to_x_0
 from pipelines.images import Pixels, encode
 from pipelines.manifest import Manifest
@@ -36,7 +38,7 @@ from pipelines.sample_shards import DamagedShardError
 from pipelines.storage import Folder
 from pipelines.tracking import Tracker
 
-MANIFEST, SUCCESS = "manifest.json", "_SUCCESS"
+MANIFEST = "manifest.json"
 SHEET, STRIP = "contact-sheet.png", "strip.png"
 SHEET_IMAGES = 100
 MOST_TOGETHER = 4
@@ -235,12 +237,28 @@ def sample_job(job: SampleJob) -> dict[str, Any]:
     """Do what the job says: draw, or verify."""
     if job.verify:
         return verify(Folder(job.out))
+    if job.firing.slot:
+        return fire(job.firing, Folder(job.out), partial(_sample_slot, job))
     plan = plan_samples(job)
     return draw_samples(plan, record=partial(recorded, job, plan))
 
 
+def _sample_slot(job: SampleJob, slot: Slot) -> dict[str, Any]:
+    """Draw the samples of a slot of a schedule."""
+    seeds = slot.seeds(job.seed_range)
+    mine = replace(
+        job, out=slot.folder.url, seeds=f"{seeds.start}-{seeds.stop - 1}", firing=replace(job.firing, slot=slot.id)
+    )
+    plan = plan_samples(mine)
+    summary = draw_samples(plan, slot.check, partial(recorded, mine, plan))
+    slot.links |= {name: str(summary[name]) for name in ("see", "contact_sheet") if name in summary}
+    return summary
+
+
 def dry_run(job: SampleJob) -> dict[str, Any]:
     """Return what the job would do, having verified the checkpoint and changed nothing."""
+    if job.firing.slot:
+        return {"dry_run": True, "slots": due(job.firing, Folder(job.out))}
     with tempfile.TemporaryDirectory() as temporary:
         plan = plan_samples(job, keep=Folder(temporary))
     present = set(plan.out.names())
