@@ -20,11 +20,10 @@ import ray.data
 import torch
 from ray.data import ActorPoolStrategy
 
-from pipelines import sample_shards
+from pipelines import firing, sample_shards
 from pipelines.cluster import cluster
 from pipelines.draw_shard import DrawShard
 from pipelines.errors import DataError
-from pipelines.firing import SUCCESS as SUCCESS
 from pipelines.firing import Slot, due, fire
 from pipelines.fit import pixels_to_x_0
 from pipelines.images import Pixels, encode
@@ -38,7 +37,7 @@ from pipelines.sample_shards import DamagedShardError
 from pipelines.storage import Folder
 from pipelines.tracking import Tracker
 
-MANIFEST = "manifest.json"
+MANIFEST, SUCCESS = "manifest.json", firing.SUCCESS
 SHEET, STRIP = "contact-sheet.png", "strip.png"
 SHEET_IMAGES = 100
 MOST_TOGETHER = 4
