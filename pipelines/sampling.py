@@ -250,7 +250,7 @@ def _sample_slot(job: SampleJob, slot: Slot) -> dict[str, Any]:
     )
     plan = plan_samples(mine)
     summary = draw_samples(plan, slot.check, partial(recorded, mine, plan))
-    slot.links |= {name: str(summary[name]) for name in ("see", "contact_sheet") if name in summary}
+    slot.links.update({name: str(summary[name]) for name in ("see", "contact_sheet") if name in summary})
     return summary
 
 
