@@ -1,6 +1,7 @@
 """A run that has left a checkpoint, without the training."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -14,8 +15,8 @@ from pipelines.world import World
 from tests.pipelines.states import ABOUT, FIT, TINY, VARIANTS, tiny_state
 
 
-def committed(folder: Folder, classes: int, seed: int = 0) -> Folder:
-    """A run with one checkpoint of a network that is not trivial, whose labels matter."""
+def committed(folder: Folder, classes: int, seed: int = 0, **about: Any) -> Folder:
+    """A run with one checkpoint of a network that is not trivial, whose labels matter; `about` is for its manifest."""
     state = tiny_state(FIT, variant=VARIANTS["plain"]._replace(classes=classes))
     drawn = torch.Generator().manual_seed(seed)
     for shadow in state.ema.shadow.values():
@@ -24,5 +25,5 @@ def committed(folder: Folder, classes: int, seed: int = 0) -> Folder:
     fit = replace(DIGITS.fit, objective=ObjectiveConfig(target="x_0"))  # so that its output can be seen in the pictures
     config = to_dict(replace(DIGITS, fit=fit, network=NetworkConfig(unet=TINY, labels=classes > 0)))
     names = ["a", "b", "c", "d"]  # the data have labels, whether or not the network learned them
-    checkpoints.commit(folder, state, replace(ABOUT, config=config, labels=names), World())
+    checkpoints.commit(folder, state, replace(ABOUT, **{"config": config, "labels": names, **about}), World())
     return folder
