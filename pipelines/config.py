@@ -43,6 +43,9 @@ class DataConfig:
     held_out: int = 0
     """Images that are kept from training, spread evenly over the data set: their loss, at the t and ε that each has in
     all runs, is measured beside training at each checkpoint. They are held in memory as pixels."""
+    keep_gb: float = 0.0
+    """Gigabytes of each node's disk, below TMPDIR, for what was read of the shards of a data set in object storage, so
+    that later epochs need not fetch it again; what does not fit is fetched each time."""
     node_labels: tuple[str, ...] = ()
     """Ray's labels, KEY=VALUE, of the nodes that ingest, read and decode, such as CPU-only ones; none: any
     node."""
@@ -59,6 +62,8 @@ class DataConfig:
             raise ConfigurationError(f"data.zoom is {self.zoom}; it must lie in 1..8: try 1.125")
         if self.window_bytes < 1:
             raise ConfigurationError(f"data.window_bytes is {self.window_bytes}; it must be at least 1: try 67108864")
+        if not self.keep_gb >= 0:
+            raise ConfigurationError(f"data.keep_gb is {self.keep_gb}; it must not be negative: try 100, or 0")
         self.wanted_labels  # noqa: B018  (it checks)
         if self.held_out < 0:
             raise ConfigurationError(f"data.held_out is {self.held_out}; it must not be negative: try 1000, or 0")

@@ -224,7 +224,16 @@ def identity(job: TrainJob, manifest: Manifest | None) -> dict[str, Any]:
     may_change = ("name", "root", "fit.images", "fit.micro_images", "fit.log_images", "fit.checkpoint_images",
                   "fit.grid_images", "fit.not_finite", "evaluate_images", "keep_checkpoints", "parallel.strategy",
                   "parallel.shards", "parallel.checkpoint_activations", "parallel.compile")  # fmt: skip
-    groups = ("data.url", "data.builtin", "data.ingest.", "data.node_labels", "scaling.", "tracking.", "draw.")
+    groups = (
+        "data.url",
+        "data.builtin",
+        "data.ingest.",
+        "data.node_labels",
+        "data.keep_gb",
+        "scaling.",
+        "tracking.",
+        "draw.",
+    )
     kept = {k: v for k, v in everything.items() if k not in may_change and not k.startswith(groups)}
     return kept | ({DATA: manifest.digest} if manifest else {})
 

@@ -28,6 +28,7 @@ from pipelines.errors import BrickyardError, TryAgainError
 from pipelines.fit import GRID, DivergedError, Listener, State, fit, new_state
 from pipelines.foreman import Notice, leave
 from pipelines.images import View
+from pipelines.kept import kept
 from pipelines.manifest import Manifest
 from pipelines.plan import Plan, window_batches
 from pipelines.record import (
@@ -90,7 +91,7 @@ class TrainTask:
         deal, config = self.deal(position), self.job.data
         rows = deal.window_batches * deal.batch_images
         return ReadWindow(
-            folder=self.data,
+            folder=kept(self.data, self.manifest.digest, config.keep_gb),
             manifest=self.manifest,
             plan=Plan(self.job.seed, self.manifest.rows, self.manifest.row_group_rows, rows, config.held_out),
             deal=deal,

@@ -16,6 +16,7 @@ from benchmarks.loaders.decoders import DECODERS, SIDE, Decoder
 from pipelines.cluster import cluster
 from pipelines.config import DataConfig
 from pipelines.images import View
+from pipelines.kept import kept
 from pipelines.manifest import Manifest
 from pipelines.plan import Plan, window_batches
 from pipelines.storage import Folder
@@ -41,8 +42,9 @@ def open_ours(folder: str, ordered: bool = True) -> Iterable[Any]:
         start=0, stop=LONG, batch_images=batch, micro_images=BATCH, window_batches=windows, image_bytes=image_bytes
     )
     plan = Plan(0, manifest.rows, manifest.row_group_rows, windows * batch)
+    folder = kept(data, manifest.digest, float(os.environ.get("KEEP_GB", "0")))
     read = ReadWindow(
-        data, manifest, plan, deal, view, random_crop=False, max_bad_share=0.0, quarantine=data / "quarantine"
+        folder, manifest, plan, deal, view, random_crop=False, max_bad_share=0.0, quarantine=data / "quarantine"
     )
     stream = open_stream(read)
     if not ordered:

@@ -1,4 +1,4 @@
-"""A week's nights: a schedule fires against a real S3 server and a real MLflow server, and is interrupted and doubled."""
+"""Nights: a schedule fires against a real S3 server and a real MLflow server, is killed, and fires twice."""
 
 import json
 import os
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipelines.score_config import ScoreJob
 from ray.cluster_utils import Cluster
 
 from jobs.presets import DIGITS
@@ -21,7 +22,6 @@ from pipelines.ingest_plan import IngestConfig, IngestPlan
 from pipelines.lineage import Trained
 from pipelines.results import export, record_results
 from pipelines.sampling import SUCCESS, verify
-from pipelines.score_config import ScoreJob
 from pipelines.scoring import score_job
 from pipelines.slots import folder_name, slot_id
 from pipelines.storage import Folder
