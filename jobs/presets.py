@@ -4,7 +4,8 @@ from dataclasses import replace
 
 from models.network import NetworkConfig
 from models.unet import UNetConfig
-from pipelines.config import DataConfig, DrawConfig, TrainJob
+from pipelines.config import DataConfig, TrainJob
+from pipelines.draw_config import DrawConfig
 from pipelines.fit_config import FitConfig
 from pipelines.ingest_plan import IngestConfig
 from pipelines.scaling import ScalingConfig

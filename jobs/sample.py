@@ -4,7 +4,7 @@
 import sys
 
 from jobs.cli import run
-from pipelines.config import SampleJob
+from pipelines.sample_config import SampleJob
 from pipelines.sampling import dry_run, sample_job
 
 

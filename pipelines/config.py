@@ -7,15 +7,13 @@ logged; handing that file back with ``--config`` repeats the run.
 import math
 import re
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Literal
 
-from models.ema import check_std
 from models.network import NetworkConfig
 from models.parallelize import ParallelConfig
-from models.samplers import SAMPLERS, Sampler, ddim
-from models.schedule import ScheduleConfig, Spacing
+from models.schedule import ScheduleConfig
 from pipelines.cluster import node_labels
+from pipelines.draw_config import DrawConfig, check_steps
 from pipelines.errors import ConfigurationError, checked
 from pipelines.fit_config import FitConfig
 from pipelines.images import View
@@ -23,8 +21,6 @@ from pipelines.ingest_plan import IngestConfig
 from pipelines.scaling import ScalingConfig
 from pipelines.storage import Folder, settled
 from pipelines.tracking_config import TrackingConfig
-
-SamplerName = Literal["greedy", "random", "posterior", "ddim", "dpm-solver", "heun"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,67 +103,6 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawConfig:
-    """How samples are drawn. With the checkpoint and its seed, all that a sample depends on."""
-
-    sampler: SamplerName = "dpm-solver"
-    """The way from noise to a picture. Greedy runs to the mode: look at it, but do not score it."""
-    steps: int = 20
-    """Strides from noise to picture, at most the T of the schedule: evaluations of the network, of which heun takes two
-    a stride and one in the last."""
-    spacing: Spacing = "even"
-    """Where the strides end: even in t; growing with t (rising, quadratic); or even in the log of the SNR."""
-    eta: float = 0.0
-    """Noise that ddim puts back: 0 for none, 1 for as much as posterior."""
-    label: str = ""
-    """Draw this label only. Empty: seed i has label i modulo their number, if the network knows labels."""
-    guidance: float = 1.0
-    """How far the label is exaggerated (classifier-free guidance); 1 for not at all."""
-    clip: bool = True
-    """Keep the picture that each prediction implies within the range of pixels."""
-    weights: Literal["ema", "last"] = "ema"
-    """The average of the weights along the run, or the last ones."""
-    ema_std: float = 0.0
-    """Width of a power-function average, made of what fit.ema.power_stds left; 0 for the average above."""
-    shard_images: int = 256
-    """Seeds per file."""
-    batch_images: int = 64
-    """Samples that one actor draws at once."""
-    actors: int = 2
-    """Actors that draw side by side, one CPU (or GPU) each."""
-    use_gpu: bool = False
-    """One GPU for each actor."""
-
-    def __post_init__(self) -> None:
-        assert self.sampler in SAMPLERS, self.sampler
-        for name in ("steps", "shard_images", "batch_images", "actors"):
-            if getattr(self, name) < 1:
-                raise ConfigurationError(f"draw.{name} is {getattr(self, name)}; it must be at least 1")
-        if not 0 <= self.eta <= 1:
-            raise ConfigurationError(f"draw.eta is {self.eta}; it must lie in 0..1: try 0")
-        if self.eta and self.sampler != "ddim":
-            raise ConfigurationError(f"draw.eta is {self.eta} and draw.sampler {self.sampler}; only ddim takes an eta")
-        if not self.guidance >= 0:
-            raise ConfigurationError(f"draw.guidance is {self.guidance}; it must not be negative: try 1")
-        if self.ema_std:
-            with checked():
-                check_std("draw.ema_std", self.ema_std)
-        if self.ema_std and self.weights == "last":
-            raise ConfigurationError(f"draw.ema_std is {self.ema_std} and draw.weights is last; take draw.weights ema")
-
-    @property
-    def evaluations(self) -> int:
-        """Evaluations of the network for each sample; with guidance each is of twice the batch."""
-        once = 2 * self.steps - 1 if self.sampler == "heun" else self.steps
-        return once if self.guidance == 1 else 2 * once
-
-    @property
-    def walk(self) -> Sampler:
-        """The sampler with its settings."""
-        return partial(ddim, eta=self.eta) if self.sampler == "ddim" else SAMPLERS[self.sampler]
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrainJob:
     """Train ε_θ on images, then draw samples from it and score them."""
 
@@ -238,36 +173,3 @@ class TrainJob:
     @property
     def run(self) -> Folder:
         return Folder(self.root) / "runs" / self.name
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleJob:
-    """Draw one sample per seed, exactly once, into Parquet shards."""
-
-    out: str
-    """Folder or URL for the samples."""
-    checkpoint: str = ""
-    """A run's folder, for its newest checkpoint; the folder of one checkpoint; or a DDPMPipeline of diffusers."""
-    seeds: str = "0-63"
-    """The seeds, both ends included, such as 0-49999."""
-    draw: DrawConfig = field(default_factory=DrawConfig)
-    verify: bool = False
-    """Draw nothing: prove that the folder holds each of its seeds once, as it was written."""
-
-    def __post_init__(self) -> None:
-        self.seed_range  # noqa: B018  (it checks)
-        if not self.checkpoint and not self.verify:
-            raise ConfigurationError("checkpoint is empty: give --checkpoint FOLDER of a run, or --verify")
-
-    @property
-    def seed_range(self) -> range:
-        match = re.fullmatch(r"(\d+)-(\d+)", self.seeds)
-        if not match or int(match[1]) > int(match[2]):
-            raise ConfigurationError(f"seeds is {self.seeds!r}; it must be FIRST-LAST, such as 0-49999")
-        return range(int(match[1]), int(match[2]) + 1)
-
-
-def check_steps(draw: DrawConfig, schedule: ScheduleConfig) -> None:
-    """Raise ConfigurationError unless the sampler has as many steps to take as it is asked for."""
-    if draw.steps > schedule.T:
-        raise ConfigurationError(f"draw.steps is {draw.steps}; it must be at most schedule.T, which is {schedule.T}")

@@ -99,6 +99,16 @@ class Model:
 
 
 @dataclass(frozen=True)
+class ModelInput:
+    """A model that the run makes use of."""
+
+    name: str
+    """As it was asked for."""
+    model_id: str
+    """MLflow's."""
+
+
+@dataclass(frozen=True)
 class End:
     """The end of a start."""
 
@@ -109,10 +119,10 @@ class End:
     """Entries that did not fit since the spool was made."""
 
 
-Entry: TypeAlias = Begin | Parameters | Metrics | Tags | Picture | File | DataSet | Model | End
+Entry: TypeAlias = Begin | Parameters | Metrics | Tags | Picture | File | DataSet | Model | ModelInput | End
 KINDS: dict[str, type[Any]] = {
-    kind.__name__: kind for kind in (Begin, Parameters, Metrics, Tags, Picture, File, DataSet, Model, End)
-}  # fmt: skip
+    kind.__name__: kind for kind in (Begin, Parameters, Metrics, Tags, Picture, File, DataSet, Model, ModelInput, End)
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -92,7 +92,8 @@ def read_pipeline(folder: Folder) -> Checkpoint:
         schedule = ScheduleConfig(kind="given", T=len(betas), betas=betas)
     except (ValueError, TypeError, LookupError, AttributeError, safetensors.SafetensorError) as error:
         raise DataError(f"{folder.url} cannot be taken over: {type(error).__name__}: {error}") from error
-    names = _label_names(folder, classes)
+    if classes:
+        log.warning("%s: label %d of 0..%d is taken for `no label`", folder.url, classes, classes)
     config: dict[str, Any] = {
         "network": to_dict(NetworkConfig(unet=unet, labels=classes > 0)),
         "schedule": to_dict(schedule),
@@ -105,22 +106,11 @@ def read_pipeline(folder: Folder) -> Checkpoint:
         data_digest="",
         data_url="",
         shape=(channels, side, side),
-        labels=names,
+        labels=[str(i) for i in range(classes)],
         tracking_uri="none",
         tracking_run="",
         git_revision="",
     )
-
-
-def _label_names(folder: Folder, classes: int) -> list[str]:
-    """Return the labels' names as an export of ours tells them, or else their numbers."""
-    if classes and folder.exists("config.json"):
-        names = json.loads(folder.get("config.json")).get("labels", [])
-        if len(names) == classes:
-            return [str(name) for name in names]
-    if classes:
-        log.warning("%s: label %d of 0..%d is taken for `no label`", folder.url, classes, classes)
-    return [str(i) for i in range(classes)]
 
 
 def read_pipeline_weights(folder: Folder, checkpoint: Checkpoint) -> dict[str, Tensor]:

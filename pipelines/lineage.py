@@ -17,7 +17,7 @@ from models.network import EpsNetwork, NetworkConfig, build
 from models.objective import EpsTheta, ObjectiveConfig, Target, as_eps
 from models.samplers import guided
 from models.schedule import Schedule, ScheduleConfig
-from pipelines import checkpoints, exchange, snapshots
+from pipelines import checkpoints, exchange, exports, snapshots
 from pipelines.checkpoints import Checkpoint
 from pipelines.errors import ConfigurationError, DataError
 from pipelines.images import View
@@ -64,7 +64,8 @@ class Trained:
 
     @staticmethod
     def find(url: str) -> "Trained":
-        """Find the newest valid checkpoint of a run's folder, the one whose own folder this is, or a DDPMPipeline.
+        """Find the newest valid checkpoint of a run's folder, the one whose own folder this is, an export, or a
+        DDPMPipeline.
 
         Raises:
             DataError: if there is none, or if the one that is named is damaged.
@@ -72,14 +73,21 @@ class Trained:
         folder = Folder(url)
         if folder.exists(checkpoints.MANIFEST):
             return Trained(folder, checkpoints.read_verified(folder))
+        if export := exports.read(folder):
+            return Exported(folder, *export)
         if folder.exists(exchange.INDEX):
             return Imported(folder, exchange.read_pipeline(folder))
         if found := checkpoints.newest(folder):
             return Trained(*found)
         raise DataError(
             f"{folder.url} holds no valid checkpoint; give the folder of a run of jobs/train.py, of one checkpoint, "
-            "or of a DDPMPipeline"
+            "of an export, or of a DDPMPipeline"
         )
+
+    @property
+    def digest(self) -> str:
+        """Names these weights in every lineage."""
+        return self.checkpoint.digest
 
     def schedule(self) -> Schedule:
         """Return the whole schedule that the network was trained on."""
@@ -146,3 +154,19 @@ class Imported(Trained):
         if std:
             raise ConfigurationError(f"draw.ema_std is {std}; {self.folder.url} came without snapshots: leave it at 0")
         model.load_state_dict(exchange.read_pipeline_weights(self.folder, self.checkpoint))
+
+
+@dataclass(frozen=True)
+class Exported(Trained):
+    """What a run has exported: its last weights and their average, or the average alone, as MLflow keeps it."""
+
+    checkpoint_digest: str
+
+    @property
+    def digest(self) -> str:
+        return self.checkpoint_digest
+
+    def _fill(self, model: nn.Module, averaged: bool, std: float) -> None:
+        if std:
+            raise ConfigurationError(f"draw.ema_std is {std}; {self.folder.url} came without snapshots: leave it at 0")
+        model.load_state_dict(exports.read_weights(self.folder, self.checkpoint, averaged))

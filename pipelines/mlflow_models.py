@@ -21,6 +21,7 @@ from mlflow.entities import (
     DatasetInput,
     InputTag,
     LoggedModel,
+    LoggedModelInput,
     LoggedModelOutput,
     LoggedModelStatus,
     Metric,
@@ -30,7 +31,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.utils.time import get_current_time_millis
 
-from pipelines.entries import ABOUT, DataSet, Model
+from pipelines.entries import ABOUT, DataSet, Model, ModelInput
 from pipelines.environment import environment
 from pipelines.storage import Folder
 
@@ -105,6 +106,12 @@ def record_model(client: MlflowClient, run: Run, model: Model) -> None:
     if model.register:
         version = _version_of(client, run, found, model.register)
         client.set_registered_model_alias(model.register, CANDIDATE, version.version)
+
+
+def record_model_input(client: MlflowClient, run: Run, model: ModelInput) -> None:
+    """Say once that a run makes use of a model."""
+    if model.model_id not in {one.model_id for one in run.inputs.model_inputs}:
+        client.log_inputs(run.info.run_id, models=[LoggedModelInput(model.model_id)])
 
 
 def record_metrics(

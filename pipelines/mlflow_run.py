@@ -1,5 +1,6 @@
 """What a run holds, told to MLflow. Each thing may be told twice, since an answer can be lost after the deed: then
-nothing changes. With :mod:`pipelines.mlflow_find` and :mod:`pipelines.mlflow_models`, all that imports MLflow.
+nothing changes. With :mod:`pipelines.mlflow_find`, :mod:`pipelines.mlflow_models` and :mod:`pipelines.mlflow_registry`,
+all that imports MLflow.
 """
 
 import io
@@ -20,9 +21,22 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from PIL import Image
 
 from pipelines import mlflow_models
-from pipelines.entries import Begin, DataSet, End, Entry, File, Metrics, Model, Parameters, Picture, Tags, Target
+from pipelines.entries import (
+    Begin,
+    DataSet,
+    End,
+    Entry,
+    File,
+    Metrics,
+    Model,
+    ModelInput,
+    Parameters,
+    Picture,
+    Tags,
+    Target,
+)
 from pipelines.mlflow_find import TAG, Finder, client, is_active, is_broken_off, is_refusal, with_tag
-from pipelines.mlflow_models import record_data_set, record_model
+from pipelines.mlflow_models import record_data_set, record_model, record_model_input
 from pipelines.spool import BATCH, FEW
 from pipelines.storage import Folder
 
@@ -36,6 +50,11 @@ THUMBNAIL = 256
 """Pixels along the long side of the picture that the UI shows in a grid."""
 PROBES = 5
 """As many requests as an entry may need: a server that fails now and then fails one of them."""
+RECORDERS: dict[type, Callable[..., None]] = {
+    DataSet: record_data_set,
+    Model: record_model,
+    ModelInput: record_model_input,
+}
 KEY = re.compile(r"[\w./ -]+")
 """What the key of a picture may be made of."""
 PICTURE = re.compile(r"images/(?P<key>[^+]+)\+step\+(?P<step>\d+)\+.*\+compressed\.webp")
@@ -111,10 +130,9 @@ class MLflowRun:
                 if _is_past(self._look(), file.start):
                     return
                 self._send([file], lambda some: self._file(some[0].name, some[0].data), lambda one: one.name, 1)
-            case DataSet() as data:
-                self._send([data], lambda some: record_data_set(self._client, self._look(), some[0]), _named, 1)
-            case Model() as model:
-                self._send([model], lambda some: record_model(self._client, self._look(), some[0]), _named, 1)
+            case DataSet() | Model() | ModelInput() as one:
+                record = RECORDERS[type(one)]
+                self._send([one], lambda some: record(self._client, self._look(), some[0]), _named, 1)
             case End() as end:
                 self._end(end)
 
@@ -273,7 +291,7 @@ def _time(metric: Metric) -> int:
     return int(metric.timestamp)
 
 
-def _named(one: DataSet | Model) -> str:
+def _named(one: DataSet | Model | ModelInput) -> str:
     return f"the {'data set' if isinstance(one, DataSet) else 'model'} {one.name}"
 
 

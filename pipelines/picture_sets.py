@@ -107,6 +107,11 @@ class SamplePictures:
         return list(self.about.get("labels", []))
 
     @property
+    def labels_unsaid(self) -> bool:
+        """Whether it is an older set, of which the names are not on record."""
+        return "labels" not in self.about
+
+    @property
     def lineage(self) -> dict[str, Any]:
         return dict(self.about["lineage"])
 
@@ -193,7 +198,7 @@ class Pair:
         both = [self.samples, self.reference]
         for i, one in enumerate(both):
             other = both[1 - i]
-            if not one.labels and one.lineage.get("data_digest") == other.digest:
+            if isinstance(one, SamplePictures) and one.labels_unsaid and one.lineage["data_digest"] == other.digest:
                 return other.labels  # those that its network learned
         if not all(one.labels for one in both) or self.samples.labels != self.reference.labels:
             said = "; ".join(f"{one.folder.url} has {', '.join(one.labels) or 'none'}" for one in both)

@@ -74,3 +74,24 @@ class IngestProgress:
             f"{100 * (1 - left / self._all):.0f} % of the bytes · {minutes:.1f} min left"
         )
         logging.getLogger("brickyard.ingest").info("%s", words)
+
+
+class SampleProgress:
+    """Says in a line now and then how far a sampling job is."""
+
+    def __init__(self, images: int) -> None:
+        self._images, self._drawn = images, 0
+        self._began = self._said = time.monotonic()
+
+    def update(self, images: int) -> None:
+        """Take what a shard has added."""
+        self._drawn += images
+        now = time.monotonic()
+        if now - self._said < SAY_EVERY_S and self._drawn < self._images:
+            return
+        self._said, speed = now, self._drawn / max(now - self._began, 1e-3)
+        minutes = (self._images - self._drawn) / speed / 60 if speed else float("inf")
+        logging.getLogger("brickyard.sampling").info(
+            "%s of %s images · %s images/s · %.1f min left",
+            f"{self._drawn:,}", f"{self._images:,}", f"{speed:,.0f}", minutes,
+        )  # fmt: skip

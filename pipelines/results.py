@@ -7,12 +7,14 @@ from typing import Any
 
 import safetensors.torch
 
-from pipelines.config import SampleJob, TrainJob
+from pipelines import exports
+from pipelines.config import TrainJob
 from pipelines.entries import ABOUT, Model
 from pipelines.exchange import write_pipeline
 from pipelines.figures import loss_figure, schedule_figure
 from pipelines.lineage import Trained, installed
 from pipelines.plain import to_dict
+from pipelines.sample_config import SampleJob
 from pipelines.sample_plan import plan_samples
 from pipelines.sampling import SHEET, STRIP, draw_samples
 from pipelines.score_config import ScoreJob
@@ -20,9 +22,6 @@ from pipelines.scoring import METRIC, score
 from pipelines.storage import Folder
 from pipelines.tracking import Tracker, now_ms
 from pipelines.validation import Curve
-
-AVERAGE = "ema.safetensors"
-"""Of an export, what makes, with what it says about itself, the model that is kept in MLflow."""
 
 log = logging.getLogger("brickyard.train")
 
@@ -33,19 +32,13 @@ def export(job: TrainJob, trained: Trained) -> str:
     Where `diffusers` can say what it is, the folder is a ``DDPMPipeline`` of the average too.
     """
     folder = job.run / "export"
-    for name, averaged in (("model", False), ("ema", True)):
+    files = {}
+    for name, averaged in ((exports.LAST, False), (exports.AVERAGE, True)):
         weights = {k: v.contiguous() for k, v in trained.network(averaged).state_dict().items()}
-        folder.put(f"{name}.safetensors", safetensors.torch.save(weights))
-    about = {
-        "network": to_dict(job.network),
-        "schedule": to_dict(job.schedule),
-        "target": trained.target,
-        "shape": trained.checkpoint.shape,
-        "labels": trained.labels,
-        "position": trained.checkpoint.position,
-        "checkpoint_digest": trained.checkpoint.digest,
-    }
-    folder.put("config.json", json.dumps(about, indent=1).encode())
+        data = safetensors.torch.save(weights)
+        folder.put(name, data)
+        files[name] = len(data), hashlib.sha256(data).hexdigest()
+    folder.put(ABOUT, exports.describe(trained.checkpoint, trained.digest, files))
     write_pipeline(folder, job.network, trained.target, trained.checkpoint, weights, trained.schedule())
     return folder.url
 
@@ -95,8 +88,8 @@ def record_results(
                 digest=checkpoint.digest,
                 checkpoint=trained.folder.url,
                 folder=folder.url,
-                files=[AVERAGE, ABOUT],
-                size_bytes=sizes[AVERAGE] + sizes[ABOUT],
+                files=[exports.AVERAGE, ABOUT],
+                size_bytes=sizes[exports.AVERAGE] + sizes[ABOUT],
                 position=checkpoint.position,
                 at_ms=now_ms(),
                 metrics=measured,

@@ -2,188 +2,197 @@
 
 Shard i is a fixed range of seeds under a fixed name, written by one put: a job that is killed and fired again writes
 the shards that are missing and no other, and the pixels of a seed do not depend on which attempt drew it.
-``manifest.json`` and ``_SUCCESS`` come last.
+All of it is read back before ``manifest.json`` and ``_SUCCESS``, which come last.
 """
 
-import hashlib
-import io
 import json
 import logging
+import tempfile
 import time
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import ray.data
 import torch
 from ray.data import ActorPoolStrategy
 
-from models.network import EpsNetwork
-from models.samplers import sample
+from pipelines import firing, sample_shards
 from pipelines.cluster import cluster
-from pipelines.config import SampleJob
+from pipelines.draw_shard import DrawShard
 from pipelines.errors import DataError
-from pipelines.fit import pixels_to_x_0, x_0_to_pixels
-from pipelines.images import Pixels, decode, encode
+from pipelines.firing import Slot, due, fire
+from pipelines.fit import pixels_to_x_0
+from pipelines.images import Pixels, encode
 from pipelines.manifest import Manifest
 from pipelines.pictures import contact_sheet, strip
-from pipelines.sample_plan import SamplePlan, check_claim, identity, plan_samples
+from pipelines.progress import SampleProgress
+from pipelines.sample_config import Form, SampleJob
+from pipelines.sample_plan import CLAIM, SamplePlan, check_claim, claim, plan_samples
+from pipelines.sample_record import recorded
+from pipelines.sample_shards import DamagedShardError
 from pipelines.storage import Folder
+from pipelines.tracking import Tracker
 
-MANIFEST, SUCCESS = "manifest.json", "_SUCCESS"
+MANIFEST, SUCCESS = "manifest.json", firing.SUCCESS
 SHEET, STRIP = "contact-sheet.png", "strip.png"
 SHEET_IMAGES = 100
+MOST_TOGETHER = 4
+"""Shards that an actor is given at a time: it writes one while it draws the next."""
+ROUNDS = 3
+"""Of drawing what is missing or damaged, after which storage is not to be trusted."""
+FEW = 8
+"""Shards that are read back here; more of them by tasks."""
 AGAIN = "delete that file and run the sampling job again"
 
 log = logging.getLogger("brickyard.sampling")
 
 
-class DrawShard:
-    """The actor: it loads the network once, then draws shard after shard."""
+def draw_samples(
+    plan: SamplePlan,
+    check: Callable[[], None] = lambda: None,
+    record: Callable[[str], AbstractContextManager[Tracker]] = lambda run_id: nullcontext(Tracker()),
+) -> dict[str, Any]:
+    """Write every shard that is missing, read all of them back, then write the pictures, the manifest and ``_SUCCESS``.
 
-    def __init__(self, plan: SamplePlan) -> None:
-        torch.set_num_threads(1)
-        self.plan = plan
-        self.device = torch.device("cuda" if plan.draw.use_gpu else "cpu")
-        self.schedule = plan.trained.schedule()
-
-    @cached_property
-    def network(self) -> EpsNetwork:
-        # Not in the constructor: what fails there is told as a dead actor, and tried again.
-        return self.plan.trained.network(averaged=self.plan.draw.weights == "ema", std=self.plan.draw.ema_std).to(
-            self.device
-        )
-
-    def __call__(self, rows: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        for shard in rows["id"].tolist():
-            began = time.perf_counter()
-            seeds = self.plan.shard_seeds(shard)
-            pixels = np.concatenate([self._draw(batch) for batch in _batches(seeds, self.plan.draw.batch_images)])
-            data = self._parquet(seeds, pixels)
-            self.plan.out.put(self.plan.shard_name(shard), data)
-            yield {"shard": [shard], "images": [len(seeds)], "seconds": [time.perf_counter() - began]}
-
-    def _draw(self, seeds: range) -> Pixels:
-        draw, size = self.plan.draw, len(seeds)
-        # Batches are always full: a convolution may round differently in a batch of another size.
-        full = torch.arange(seeds.start, seeds.start + draw.batch_images, device=self.device)
-        trained = self.plan.trained
-        eps_theta = trained.eps_theta(self.network, self.plan.labels(full), draw.guidance)
-        with torch.inference_mode():
-            x_0 = sample(
-                draw.walk, eps_theta, self.schedule, full, trained.checkpoint.shape, draw.steps, draw.clip, draw.spacing
-            )
-        return x_0_to_pixels(x_0)[:size].cpu().numpy()
-
-    def _parquet(self, seeds: range, pixels: Pixels) -> bytes:
-        table = pa.table(
-            {
-                "seed": pa.array(seeds, pa.int64()),
-                "label": pa.array(self.plan.labels(torch.tensor(seeds)).tolist(), pa.int32()),
-                "image": pa.array([encode(picture, "png") for picture in pixels], pa.binary()),
-            }
-        ).replace_schema_metadata({"brickyard": json.dumps(self.plan.lineage)})
-        buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="none")  # PNG is compressed
-        return buffer.getvalue()
-
-
-def _batches(seeds: range, size: int) -> Iterator[range]:
-    return (seeds[start : start + size] for start in range(0, len(seeds), size))
-
-
-def draw_samples(plan: SamplePlan) -> dict[str, Any]:
-    """Write every shard that is missing, then the pictures, the manifest and ``_SUCCESS``.
+    Args:
+        plan: what to draw.
+        check: is called between shards, and before the last files: it raises if this job is to write no more.
+        record: opens the record of the job, if there is something to do, of the samples with an id of ours.
 
     Returns:
         What was done: counts, seconds and where it is.
 
     Raises:
         ConfigurationError: if the folder holds other samples.
-        DataError: if storage refuses, or a shard does not hold what it must.
+        DataError: if storage refuses, or does not keep what is written.
+        TryAgainError: if another job has just begun there with a newer network, or if ``check`` says so.
     """
     out, began = plan.out, time.perf_counter()
-    if not out.create("plan.json", json.dumps(identity(plan), indent=1).encode()):
-        check_claim(plan)
+    run_id = claim(plan)
     present = set(out.names())
-    missing = [shard for shard in range(plan.shards) if plan.shard_name(shard) not in present]
-    drawn = 0
-    if missing:
-        log.info("sample: %d seeds in %d shards, %d to draw", len(plan.seeds), plan.shards, len(missing))
-        with cluster():
-            for row in _draw_missing(plan, missing).iter_rows():
-                drawn += row["images"]
-                log.info("sample: shard %d, %d images in %.1f s", row["shard"], row["images"], row["seconds"])
-    seconds = time.perf_counter() - began
+    missing = [shard for shard in range(plan.shards) if sample_shards.shard_name(shard) not in present]
+    summary = {"samples": out.url, "images": len(plan.seeds), "drawn_now": 0}
     if missing or SUCCESS not in present:
-        _finish(plan)
-    return {
-        "samples": out.url,
-        "images": len(plan.seeds),
-        "drawn_now": drawn,
-        "images_per_s": round(drawn / seconds, 1) if drawn else 0.0,
-        "seconds": round(seconds, 1),
+        with record(run_id) as tracker:
+            drawn = _draw_and_finish(plan, missing, check, tracker)
+            seconds = time.perf_counter() - began
+            rates = {"images_per_s": drawn / seconds, "seconds_per_image": seconds / drawn} if drawn else {}
+            tracker.metrics({**rates, "seconds": seconds, "drawn_now": drawn}, len(plan.seeds))
+        summary |= {"drawn_now": drawn, **{name: round(rate, 6) for name, rate in rates.items()}}
+        summary |= {"see": tracker.see} if tracker.run_id else {}
+    return summary | {
+        "seconds": round(time.perf_counter() - began, 1),
         "contact_sheet": f"{out.url}/{SHEET}",
         "strip": f"{out.url}/{STRIP}",
         "lineage": plan.lineage,
     }
 
 
-def _draw_missing(plan: SamplePlan, missing: list[int]) -> ray.data.Dataset:
-    actors = min(plan.draw.actors, len(missing))
-    return ray.data.from_items([{"id": shard} for shard in missing], override_num_blocks=len(missing)).map_batches(
+def _draw_and_finish(plan: SamplePlan, missing: list[int], check: Callable[[], None], tracker: Tracker) -> int:
+    """Draw what is missing, read everything back, draw what is damaged, and finish. Return how many were drawn."""
+    log.info("sample: %d seeds in %d shards, %d to draw", len(plan.seeds), plan.shards, len(missing))
+    drawn, files = 0, dict[int, dict[str, Any]]()
+    read = ReadBack(plan.out, plan.seeds, plan.draw.shard_images, plan.trained.checkpoint.shape, plan.also)
+    with cluster():
+        for attempt in range(ROUNDS):
+            drawn += _draw(plan, missing, attempt > 0, check)
+            missing = []
+            for shard, found in _read_back(read, [shard for shard in range(plan.shards) if shard not in files]):
+                if isinstance(found, str):
+                    log.warning("%s: it is drawn again", found)
+                    missing.append(shard)
+                else:
+                    files[shard] = found
+            if not missing:
+                break
+        else:
+            raise DataError(f"{plan.out.url} does not keep what is written there: {len(missing)} shards are damaged")
+        check()
+        _finish(plan, [files[shard] for shard in range(plan.shards)], tracker)
+    return drawn
+
+
+def _draw(plan: SamplePlan, shards: list[int], anew: bool, check: Callable[[], None]) -> int:
+    """Draw shards, those that are there too if ``anew``; return how many images."""
+    if not shards:
+        return 0
+    actors = min(plan.draw.actors, len(shards))
+    together = max(1, min(MOST_TOGETHER, len(shards) // (4 * actors)))
+    dataset = ray.data.from_items(
+        [{"id": shard} for shard in shards], override_num_blocks=-(-len(shards) // together)
+    ).map_batches(
         DrawShard,
-        fn_constructor_args=(plan,),
-        batch_size=1,
-        compute=ActorPoolStrategy(size=actors),
+        fn_constructor_args=(plan, anew),
+        batch_size=together,
+        compute=ActorPoolStrategy(min_size=1, max_size=actors, initial_size=actors),
         num_gpus=1 if plan.draw.use_gpu else 0,
     )
+    progress = SampleProgress(sum(len(plan.shard_seeds(shard)) for shard in shards))
+    drawn = 0
+    for row in dataset.iter_rows():
+        check()
+        drawn += row["images"]
+        progress.update(row["images"])
+    return drawn
 
 
-def _finish(plan: SamplePlan) -> None:
+@dataclass(frozen=True)
+class ReadBack:
+    """The task: the number of a shard to what its manifest says of it, or to what is wrong with it."""
+
+    out: Folder
+    seeds: range
+    shard_images: int
+    shape: tuple[int, int, int]
+    also: tuple[Form, ...]
+
+    def __call__(self, row: dict[str, int]) -> dict[str, Any]:
+        shard = row["id"]
+        seeds = self.seeds[shard * self.shard_images : (shard + 1) * self.shard_images]
+        try:
+            found = sample_shards.check(self.out, shard, seeds, self.shape, self.also)
+        except DamagedShardError as error:
+            return {"shard": shard, "found": "", "wrong": str(error)}
+        return {"shard": shard, "found": json.dumps(found), "wrong": ""}
+
+
+def _read_back(read: ReadBack, shards: list[int]) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Yield what each shard is, or what is wrong with it."""
+    rows = [{"id": shard} for shard in shards]
+    several = ray.data.from_items(rows).map(read).iter_rows() if len(shards) > FEW else map(read, rows)
+    for row in several:
+        yield row["shard"], row["wrong"] or json.loads(row["found"])
+
+
+def _finish(plan: SamplePlan, files: list[dict[str, Any]], tracker: Tracker) -> None:
     out = plan.out
-    files = [_read_shard(plan, shard) for shard in range(plan.shards)]
-    first = read_samples(out, [plan.shard_name(0)], plan.trained.checkpoint.shape)[:SHEET_IMAGES]
-    out.put(SHEET, encode(contact_sheet(first), "png"))
+    first = sample_shards.read_samples(out, [sample_shards.shard_name(0)], plan.trained.checkpoint.shape)[:SHEET_IMAGES]
+    sheet = contact_sheet(first)
+    out.put(SHEET, encode(sheet, "png"))
+    tracker.picture(sheet, "samples", len(plan.seeds))
     try:
-        out.put(STRIP, encode(draw_strip(plan), "png"))
+        strip_of_one = encode(draw_strip(plan), "png")
+        out.put(STRIP, strip_of_one)
+        tracker.file(STRIP, strip_of_one)
     except DataError as error:
         log.warning("no strip, since the training data cannot be read: %s", error)
     about = {
         "seeds": [plan.seeds.start, plan.seeds.stop - 1],
+        "shard_images": plan.draw.shard_images,
+        "also": list(plan.also),
         "shape": list(plan.trained.checkpoint.shape),
+        "labels": plan.trained.labels,
         "lineage": plan.lineage,
+        "recorded": {"uri": tracker.uri, "run": tracker.run_id},
         "files": files,
     }
+    tracker.file("lineage.json", json.dumps(plan.lineage, indent=1).encode())
     out.put(MANIFEST, json.dumps(about, indent=1).encode())
     out.put(SUCCESS, b"")
-
-
-def _read_shard(plan: SamplePlan, shard: int) -> dict[str, Any]:
-    """Read a shard back: its seeds are the ones that are due, and its digest goes into the manifest."""
-    name = plan.shard_name(shard)
-    data = plan.out.get(name)
-    try:
-        seeds = pq.read_table(io.BytesIO(data), columns=["seed"])["seed"].to_pylist()
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{plan.out.url}/{name} is damaged: {error}; delete it and run again") from error
-    if seeds != list(plan.shard_seeds(shard)):
-        raise DataError(f"{plan.out.url}/{name} does not hold the seeds that it must; delete it and run again")
-    return {"name": name, "images": len(seeds), "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def read_samples(folder: Folder, names: list[str], shape: tuple[int, int, int]) -> Pixels:
-    """Read the pictures of sample shards; ``shape`` is [C, H, W] and the result uint8 [n, H, W, C]."""
-    channels, height, width = shape
-    images = [
-        image
-        for name in names
-        for image in pq.read_table(io.BytesIO(folder.get(name)), columns=["image"])["image"].to_pylist()
-    ]
-    return decode(images, "png", (height, width, channels))
 
 
 def draw_strip(plan: SamplePlan) -> Pixels:
@@ -208,33 +217,53 @@ def verify(folder: Folder) -> dict[str, Any]:
     if not folder.exists(SUCCESS):
         raise DataError(f"{folder.url} is not finished: it has no {SUCCESS}; run the sampling job again")
     about = json.loads(folder.get(MANIFEST))
-    seeds: list[int] = []
-    for file in about["files"]:
-        data = folder.get(file["name"])
-        if hashlib.sha256(data).hexdigest() != file["sha256"]:
-            raise DataError(f"{folder.url}/{file['name']} is not what was written: its sha256 differs; {AGAIN}")
-        table = pq.read_table(io.BytesIO(data), columns=["seed", "image"])
-        channels, height, width = about["shape"]
-        decode(table["image"].to_pylist(), "png", (height, width, channels))
-        seeds += table["seed"].to_pylist()
     first, last = about["seeds"]
-    if seeds != list(range(first, last + 1)):
+    files, seeds = about["files"], range(first, last + 1)
+    per_shard = about.get("shard_images", files[0]["images"])
+    read = ReadBack(folder, seeds, per_shard, tuple(about["shape"]), tuple(about.get("also", ())))
+    if len(files) * per_shard < len(seeds) or sum(file["images"] for file in files) != len(seeds):
         raise DataError(f"{folder.url} does not hold each seed of {first}-{last} once; {AGAIN}")
+    with cluster() if len(files) > FEW else nullcontext():
+        for shard, found in _read_back(read, list(range(len(files)))):
+            if isinstance(found, str):
+                raise DataError(f"{found}; {AGAIN}")
+            if found != files[shard]:
+                raise DataError(f"{folder.url}/{found['name']} is not what was written: its sha256 differs; {AGAIN}")
     return {"samples": folder.url, "verified": len(seeds)}
 
 
 def sample_job(job: SampleJob) -> dict[str, Any]:
     """Do what the job says: draw, or verify."""
-    return verify(Folder(job.out)) if job.verify else draw_samples(plan_samples(job))
+    if job.verify:
+        return verify(Folder(job.out))
+    if job.firing.slot:
+        return fire(job.firing, Folder(job.out), partial(_sample_slot, job))
+    plan = plan_samples(job)
+    return draw_samples(plan, record=partial(recorded, job, plan))
+
+
+def _sample_slot(job: SampleJob, slot: Slot) -> dict[str, Any]:
+    """Draw the samples of a slot of a schedule."""
+    seeds = slot.seeds(job.seed_range)
+    mine = replace(
+        job, out=slot.folder.url, seeds=f"{seeds.start}-{seeds.stop - 1}", firing=replace(job.firing, slot=slot.id)
+    )
+    plan = plan_samples(mine)
+    summary = draw_samples(plan, slot.check, partial(recorded, mine, plan))
+    slot.links.update({name: str(summary[name]) for name in ("see", "contact_sheet") if name in summary})
+    return summary
 
 
 def dry_run(job: SampleJob) -> dict[str, Any]:
     """Return what the job would do, having verified the checkpoint and changed nothing."""
-    plan = plan_samples(job)
+    if job.firing.slot:
+        return {"dry_run": True, "slots": due(job.firing, Folder(job.out))}
+    with tempfile.TemporaryDirectory() as temporary:
+        plan = plan_samples(job, keep=Folder(temporary))
     present = set(plan.out.names())
-    if "plan.json" in present:
+    if CLAIM in present:
         check_claim(plan)
-    missing = [shard for shard in range(plan.shards) if plan.shard_name(shard) not in present]
+    missing = [shard for shard in range(plan.shards) if sample_shards.shard_name(shard) not in present]
     return {
         "dry_run": True,
         "images": len(plan.seeds),

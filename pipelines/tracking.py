@@ -60,6 +60,8 @@ class Tracker:
 
     run_id = ""
     """Our own id of the run, by which the tracker knows it too."""
+    uri = "none"
+    """Of the tracker, without a password."""
 
     @property
     def tracker_id(self) -> str:
@@ -171,7 +173,7 @@ class SpooledTracker(Tracker):
     """A run that is recorded in a spool, which is delivered to its recipient behind its back."""
 
     def __init__(self, spool: Spool, recipient: "MLflowRun", home: Folder, start: int) -> None:
-        self.run_id = spool.target.run_id
+        self.run_id, self.uri = spool.target.run_id, spool.target.uri
         self._spool, self._recipient, self._home = spool, recipient, home
         self._start = start
         self._said: set[str] = set()

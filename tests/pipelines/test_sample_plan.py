@@ -8,21 +8,17 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from jobs.presets import DIGITS
-from models.network import NetworkConfig
-from models.objective import ObjectiveConfig
-from pipelines import checkpoints
-from pipelines.config import DrawConfig, SampleJob, TrainJob
-from pipelines.errors import ConfigurationError
+from pipelines.config import TrainJob
+from pipelines.draw_config import DrawConfig
+from pipelines.draw_shard import DrawShard
+from pipelines.errors import ConfigurationError, DataError
 from pipelines.images import decode
-from pipelines.plain import to_dict
+from pipelines.sample_config import SampleJob
 from pipelines.sample_plan import WHAT_A_SAMPLE_DEPENDS_ON, SamplePlan, check_claim, identity, plan_samples
-from pipelines.sampling import DrawShard
 from pipelines.storage import Folder
-from pipelines.world import World
-from tests.pipelines.states import ABOUT, FIT, TINY, VARIANTS, tiny_state
+from tests.pipelines.committed import committed
 
 DRAW = DrawConfig(steps=3, shard_images=10, batch_images=5)
 
@@ -30,20 +26,6 @@ DRAW = DrawConfig(steps=3, shard_images=10, batch_images=5)
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     return committed(Folder(str(tmp_path_factory.mktemp("run"))), classes=4)
-
-
-def committed(folder: Folder, classes: int) -> Folder:
-    """A run with one checkpoint of a network that is not trivial, whose labels matter."""
-    state = tiny_state(FIT, variant=VARIANTS["plain"]._replace(classes=classes))
-    drawn = torch.Generator().manual_seed(0)
-    for shadow in state.ema.shadow.values():
-        shadow.copy_(0.4 * torch.randn(shadow.shape, generator=drawn))
-    state.position = 128
-    fit = replace(DIGITS.fit, objective=ObjectiveConfig(target="x_0"))  # so that its output can be seen in the pictures
-    config = to_dict(replace(DIGITS, fit=fit, network=NetworkConfig(unet=TINY, labels=classes > 0)))
-    names = ["a", "b", "c", "d"]  # the data have labels, whether or not the network learned them
-    checkpoints.commit(folder, state, replace(ABOUT, config=config, labels=names), World())
-    return folder
 
 
 def plan(run: Folder, out: Path, **draw: Any) -> SamplePlan:
@@ -92,7 +74,7 @@ def test_each_setting_that_changes_pictures_makes_other_samples(run: Folder, tmp
             assert not np.array_equal(drawn(theirs)[1], pictures), name
     with pytest.raises(ConfigurationError, match="holds other samples"):
         check_claim(mine)
-    assert set(other) | {"eta", "ema_std"} == set(WHAT_A_SAMPLE_DEPENDS_ON)
+    assert set(other) | {"eta", "ema_std", "compile"} == set(WHAT_A_SAMPLE_DEPENDS_ON)
     with_eta = [drawn(plan(run, tmp_path / f"eta{eta}", sampler="ddim", eta=eta))[1] for eta in (0.0, 1.0)]
     assert not np.array_equal(*with_eta)
 
@@ -185,3 +167,51 @@ def test_where_nothing_of_the_picture_is_left_the_target_must_say_something_of_i
     objective = replace(DIGITS.fit.objective, target="v")
     job: TrainJob = replace(DIGITS, schedule=nothing_left, fit=replace(DIGITS.fit, objective=objective))
     assert job.schedule.tables().alpha_bar[-1] == pytest.approx(2**-12)
+
+
+def table(folder: Path, *lines: str) -> str:
+    (folder / "labels.csv").write_text("\n".join(lines))
+    return str(folder / "labels.csv")
+
+
+def test_a_table_says_the_label_of_each_seed(run: Folder, tmp_path: Path) -> None:
+    """And the pixels are those of the label, whoever said it."""
+    labels = ["dcba"[seed % 4] for seed in range(7, 17)]
+    job = SampleJob(checkpoint=run.url, out=str(tmp_path / "table"), seeds="7-16", draw=DRAW)
+    lines = [f"{seed},{label}" for seed, label in zip(range(7, 17), labels, strict=True)]
+    told = plan_samples(replace(job, labels=table(tmp_path, "seed,label", *reversed(lines), "99,unheard of")))
+    found, pictures = drawn(told)
+    assert found == ["abcd".index(label) for label in labels]
+    for label in "abcd":
+        alone = drawn(plan(run, tmp_path / label, label=label))[1]
+        here = [i for i, one in enumerate(labels) if one == label]
+        assert np.array_equal(pictures[here], alone[here])
+
+    other = plan_samples(replace(job, labels=table(tmp_path, "seed,label", "7,d", *lines[1:])))
+    assert identity(other) != identity(told), "another table makes other samples"
+
+
+@pytest.mark.parametrize(
+    ("lines", "error", "message"),
+    [
+        (["seed,label", "7,a"], ConfigurationError, r"has no line for seed 8: each seed needs one"),
+        (
+            ["seed,label", *(f"{seed},e" for seed in range(7, 17))],
+            ConfigurationError,
+            "seed 7 has .e.",
+        ),
+        (["number,label", "7,a"], DataError, r"must be a CSV with the columns seed and label"),
+        (["seed,label", "seven,a"], DataError, r"must be a CSV with the columns seed and label"),
+    ],
+)
+def test_a_table_that_does_not_say_it_is_refused(
+    lines: list[str], error: type[Exception], message: str, run: Folder, tmp_path: Path
+) -> None:
+    job = SampleJob(checkpoint=run.url, out=str(tmp_path / "out"), seeds="7-16", draw=DRAW)
+    with pytest.raises(error, match=message):
+        plan_samples(replace(job, labels=table(tmp_path, *lines)))
+
+
+def test_a_label_is_said_once() -> None:
+    with pytest.raises(ConfigurationError, match=r"labels is .*t\.csv and draw\.label 'a'; .* leave out one of them"):
+        SampleJob(out="o", checkpoint="c", labels="/t.csv", draw=replace(DRAW, label="a"))

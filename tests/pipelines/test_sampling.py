@@ -1,6 +1,7 @@
 import io
 import json
 import shutil
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +18,8 @@ from models.schedule import article
 from models.unet import UNet
 from pipelines import checkpoints
 from pipelines.checkpoints import Checkpoint
-from pipelines.config import DrawConfig, SampleJob
 from pipelines.digits import write_digits
+from pipelines.draw_config import DrawConfig
 from pipelines.errors import ConfigurationError, DataError
 from pipelines.features import pixel_features
 from pipelines.fit import new_state
@@ -27,6 +28,7 @@ from pipelines.ingest import ingest
 from pipelines.ingest_plan import IngestConfig, IngestPlan
 from pipelines.moments import Moments, frechet_distance
 from pipelines.plain import to_dict
+from pipelines.sample_config import SampleJob
 from pipelines.sample_plan import plan_samples
 from pipelines.sampling import draw_samples, dry_run, verify
 from pipelines.score_config import ScoreJob
@@ -122,6 +124,49 @@ def test_what_is_missing_is_drawn_again_to_the_byte(run: Folder, samples: Folder
     assert verify(folder)["verified"] == 25
 
 
+def test_a_shard_that_is_damaged_before_the_end_is_drawn_again(
+    run: Folder, samples: Folder, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = pictures(samples)
+    for name in ("_SUCCESS", "manifest.json"):
+        Path(samples.path(name)).unlink()
+    samples.put("part-000001.parquet", b"PAR1")
+    other = pq.read_table(io.BytesIO(samples.get("part-000000.parquet")))
+    pq.write_table(other.slice(0, 5), samples.path("part-000002.parquet"))
+    assert draw_samples(plan_samples(job(run, samples)))["drawn_now"] == 15
+    assert pictures(samples) == before and verify(samples)["verified"] == 25
+    assert "part-000001.parquet is damaged" in caplog.text and "does not hold the seeds that it must" in caplog.text
+
+
+def test_tars_and_single_pictures_hold_the_same(run: Folder, folder: Folder) -> None:
+    """As WebDataset's own reader has them."""
+    draw_samples(plan_samples(replace(job(run, folder), also=("tar", "png"))))
+    expected = pictures(folder)
+    single = {int(path.stem): path.read_bytes() for path in Path(folder.path("png")).rglob("*.png")}
+    assert single == expected
+    tarred = {}
+    for path in sorted(Path(folder.path("tar")).iterdir()):
+        with tarfile.open(path) as tar:
+            files = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+        keys = sorted({name.partition(".")[0] for name in files})
+        assert all(json.loads(files[f"{key}.json"]) == {"seed": int(key)} for key in keys)
+        tarred |= {int(key): files[f"{key}.png"] for key in keys}
+    assert tarred == expected
+
+    assert verify(folder)["verified"] == 25
+    next(Path(folder.path("png")).rglob("*101.png")).unlink()
+    with pytest.raises(DataError, match=r"png/part-000000 lacks 000000000101\.png"):
+        verify(folder)
+    for name in ("_SUCCESS", "part-000000.parquet"):
+        Path(folder.path(name)).unlink()
+    assert draw_samples(plan_samples(replace(job(run, folder), also=("tar", "png"))))["drawn_now"] == 10
+    assert verify(folder)["verified"] == 25
+    first = folder / "tar"
+    first.put("part-000001.tar", first.get("part-000000.tar"))
+    with pytest.raises(DataError, match=r"part-000001.* is not what was written"):
+        verify(folder)
+
+
 @pytest.mark.parametrize("sampler", ["random"])
 def test_the_pixels_of_a_seed_depend_on_no_shard_and_no_actor(sampler: str, run: Folder, folder: Folder) -> None:
     for out, shard_images in ((folder / "a", 10), (folder / "b", 25)):
@@ -176,7 +221,7 @@ def test_without_the_training_data_only_the_strip_is_missing(run: Folder, sample
     moved = replace(plan.trained, checkpoint=replace(plan.trained.checkpoint, data_url=(samples / "gone").url))
     (Path(samples.path()) / "_SUCCESS").unlink()
     (Path(samples.path()) / "strip.png").unlink()
-    draw_samples(replace(plan, trained=moved))
+    draw_samples(replace(plan, asked=replace(plan.asked, trained=moved)))
     assert verify(samples)["verified"] == 25
     assert not samples.exists("strip.png")
 

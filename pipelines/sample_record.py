@@ -1,0 +1,65 @@
+"""The record of a sampling job: a run of its own in MLflow, linked to the run that trained the network."""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from pipelines.entries import ModelInput
+from pipelines.lineage import ray_job
+from pipelines.mlflow_door import check_trusted
+from pipelines.plain import flatten, to_dict, to_yaml
+from pipelines.run_folder import count_start
+from pipelines.sample_config import SampleJob
+from pipelines.sample_plan import SamplePlan
+from pipelines.storage import Folder
+from pipelines.tracking import Tracker, ending, open_tracker
+
+
+@contextmanager
+def recorded(job: SampleJob, plan: SamplePlan, run_id: str) -> Iterator[Tracker]:
+    """Record a sampling job while this block draws.
+
+    Args:
+        job: the job.
+        plan: what it draws.
+        run_id: our own id of the set of samples.
+
+    Raises:
+        ConfigurationError: if the training was recorded where the environment's password is not known to belong.
+    """
+    uri = job.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or plan.lineage["tracking_uri"] or "none"
+    if uri == plan.lineage["tracking_uri"]:
+        check_trusted(uri)
+    # Beside a database lie the files of its experiments.
+    root = Folder(str(Path(uri.removeprefix("sqlite:///")).parent)) if uri.startswith("sqlite:///") else plan.out
+    lineage = plan.lineage
+    tags = {
+        "brickyard.kind": "samples",
+        "brickyard.samples": plan.out.url,
+        "brickyard.trained_by": lineage["tracking_run"],
+        "brickyard.checkpoint": lineage["checkpoint"],
+        "brickyard.checkpoint_digest": lineage["checkpoint_digest"],
+        "brickyard.data_digest": lineage["data_digest"],
+        "brickyard.git_revision": lineage["git_revision"],
+        "brickyard.model_version": plan.asked.version,
+        "brickyard.slot": job.firing.slot,
+        "brickyard.host": socket.gethostname(),
+        "brickyard.ray_job": ray_job(),
+    }
+    tracker = open_tracker(
+        replace(job.tracking, uri=uri),
+        root,
+        plan.out,
+        plan.out.name,
+        run_id,
+        parameters=flatten(to_dict(job)),
+        tags={name: value for name, value in tags.items() if value},
+        start=count_start(plan.out, to_yaml(job)) if uri != "none" else 1,
+    )
+    with ending(tracker):
+        if plan.asked.model_id:
+            tracker.append(ModelInput(plan.asked.address, plan.asked.model_id))
+        yield tracker

@@ -1,0 +1,145 @@
+"""The files of a set of samples: what is in a shard, in each form, and whether it is what it must be.
+
+Shard i is ``part-<i>.parquet``: seed, label and the picture as PNG. On request the same pictures are in
+``tar/part-<i>.tar``, as WebDataset reads them, and in ``png/part-<i>/<seed>.png``. Parquet is written last: where that
+is, the others are.
+"""
+
+import hashlib
+import io
+import json
+import tarfile
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.errors import DataError
+from pipelines.images import BadImageError, Pixels, decode, encode
+from pipelines.sample_config import Form
+from pipelines.storage import Folder
+
+
+class DamagedShardError(DataError):
+    """A shard is not what it must be. Drawn again it will be."""
+
+
+def shard_name(shard: int) -> str:
+    """Return the name of a shard: its Parquet file."""
+    return f"part-{shard:06d}.parquet"
+
+
+def write(
+    out: Folder, shard: int, seeds: range, labels: list[int], names: list[str], pixels: Pixels, lineage: dict[str, Any],
+    also: tuple[Form, ...],
+) -> None:  # fmt: skip
+    """Write a shard in each form.
+
+    Args:
+        out: the folder of the samples.
+        shard: its number.
+        seeds: of its samples.
+        labels: of its samples, -1 for none.
+        names: of the labels.
+        pixels: uint8 [n, H, W, C].
+        lineage: what the samples come from.
+        also: the forms beside Parquet.
+    """
+    images = [encode(picture, "png") for picture in pixels]
+    if "png" in also:
+        for seed, image in zip(seeds, images, strict=True):
+            out.put(png_name(shard, seed), image)
+    if "tar" in also:
+        out.put(tar_name(shard), _tar(seeds, labels, names, images))
+    table = pa.table(
+        {
+            "seed": pa.array(seeds, pa.int64()),
+            "label": pa.array(labels, pa.int32()),
+            "image": pa.array(images, pa.binary()),
+        }
+    ).replace_schema_metadata({"brickyard": json.dumps(lineage)})
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="none")  # PNG is compressed
+    out.put(shard_name(shard), buffer.getvalue())
+
+
+def tar_name(shard: int) -> str:
+    """Return the name of the tar of a shard."""
+    return f"tar/part-{shard:06d}.tar"
+
+
+def png_name(shard: int, seed: int) -> str:
+    """Return the name of a single picture."""
+    return f"png/part-{shard:06d}/{seed:012d}.png"
+
+
+def _tar(seeds: range, labels: list[int], names: list[str], images: list[bytes]) -> bytes:
+    """Return a tar whose bytes are a function of what is in it."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for seed, label, image in zip(seeds, labels, images, strict=True):
+            about = {"seed": seed} | ({"label": names[label]} if label >= 0 else {})
+            files = {"png": image, "json": json.dumps(about).encode()}
+            if label >= 0:
+                files["cls"] = str(label).encode()
+            for suffix, data in files.items():
+                entry = tarfile.TarInfo(f"{seed:012d}.{suffix}")
+                entry.size = len(data)
+                tar.addfile(entry, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def check(out: Folder, shard: int, seeds: range, shape: tuple[int, int, int], also: tuple[Form, ...]) -> dict[str, Any]:
+    """Read a shard back, each picture of it.
+
+    Args:
+        out: the folder of the samples.
+        shard: its number.
+        seeds: those that it must hold.
+        shape: of its pictures, [C, H, W].
+        also: the forms beside Parquet.
+
+    Returns:
+        Its name, how many images, and the sha256 of each of its files but the single pictures.
+
+    Raises:
+        DamagedShardError: if it is not what it must be.
+    """
+    name = shard_name(shard)
+    data = _present(out, name)
+    try:
+        table = pq.read_table(io.BytesIO(data), columns=["seed", "image"])
+    except pa.ArrowException as error:
+        raise DamagedShardError(f"{out.url}/{name} is damaged: {error}") from error
+    if table["seed"].to_pylist() != list(seeds):
+        raise DamagedShardError(f"{out.url}/{name} does not hold the seeds that it must")
+    channels, height, width = shape
+    try:
+        decode(table["image"].to_pylist(), "png", (height, width, channels))
+    except (BadImageError, ValueError) as error:
+        raise DamagedShardError(f"{out.url}/{name} holds a picture that is none: {error}") from error
+    found = {"name": name, "images": len(seeds), "sha256": hashlib.sha256(data).hexdigest()}
+    if "tar" in also:
+        found["tar_sha256"] = hashlib.sha256(_present(out, tar_name(shard))).hexdigest()
+    if "png" in also:
+        wanted = {png_name(shard, seed).rpartition("/")[2] for seed in seeds}
+        if missing := wanted - set((out / png_name(shard, 0).rpartition("/")[0]).names()):
+            raise DamagedShardError(f"{out.url}/{png_name(shard, 0).rpartition('/')[0]} lacks {min(missing)}")
+    return found
+
+
+def _present(out: Folder, name: str) -> bytes:
+    if not out.exists(name):
+        raise DamagedShardError(f"{out.url}/{name} does not exist")
+    return out.get(name)
+
+
+def read_samples(folder: Folder, names: list[str], shape: tuple[int, int, int]) -> Pixels:
+    """Read the pictures of sample shards; ``shape`` is [C, H, W] and the result uint8 [n, H, W, C]."""
+    channels, height, width = shape
+    images = [
+        image
+        for name in names
+        for image in pq.read_table(io.BytesIO(folder.get(name)), columns=["image"])["image"].to_pylist()
+    ]
+    return decode(images, "png", (height, width, channels))
