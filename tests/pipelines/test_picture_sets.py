@@ -109,6 +109,10 @@ def test_labels_are_compared_by_their_names(folder: Folder) -> None:
         _ = Pair.find(own, folder / "other").labels
     with pytest.raises(DataError, match="the same labels"):
         _ = Pair.find(folder / "data", folder / "other").labels
+    about = json.loads(own.get("manifest.json")) | {"labels": []}
+    own.put("manifest.json", json.dumps(about).encode())
+    with pytest.raises(DataError, match="/own has none"):  # its network knows none, though its data have some
+        _ = Pair.find(own, folder / "data").labels
     about = json.loads(own.get("manifest.json")) | {"labels": other.labels}
     own.put("manifest.json", json.dumps(about).encode())
     assert Pair.find(own, folder / "other").labels == ["1", "2", "3"], "names that are on record"

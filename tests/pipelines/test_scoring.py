@@ -21,6 +21,8 @@ from pipelines.moments import Moments, frechet_distance
 from pipelines.score_config import ScoreJob
 from pipelines.scoring import score, score_job
 from pipelines.storage import Folder
+from pipelines.tracking import open_tracker, resolve_uri
+from pipelines.tracking_config import TrackingConfig
 from tests.pipelines.sets import write_data, write_samples
 from tests.pipelines.test_pairs import measure
 
@@ -193,6 +195,31 @@ def test_the_job_says_what_it_did_and_what_it_would_do(root: Folder, capsys: pyt
     assert job.main(argv) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["frechet_distance"] > 0 and said["coverage"] < 1 and not said["recorded"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
+def test_scores_are_recorded_by_the_names_of_their_features(
+    root: Folder, folder: Folder, pixels: dict[str, Any]
+) -> None:
+    """Two Fréchet distances by different features are no points of one curve."""
+    from mlflow import MlflowClient
+
+    tracker = open_tracker(TrackingConfig(), folder, folder / "runs" / "digits", "digits", "an id of ours", {}, {})
+    tracker.finish("FINISHED")
+    uri = resolve_uri(TrackingConfig(), folder)
+    lineage = {"position": 300, "checkpoint_digest": "c", "tracking_uri": uri, "tracking_run": tracker.run_id}
+    samples = write_samples(folder / "samples", pixels["samples"], draw={}, **lineage)
+    buffer = io.BytesIO()
+    torch.export.save(torch.export.export(Halves(), (torch.zeros(64, 1, 8, 8),)), buffer)
+    folder.put("halves.pt2", buffer.getvalue())
+    sha256 = hashlib.sha256(buffer.getvalue()).hexdigest()
+    halves = FeatureConfig(kind="file", url=f"{folder.url}/halves.pt2", sha256=sha256, name="halves")
+    for features, metrics in ((FeatureConfig(), ("frechet", "kid")), (halves, ("frechet", "precision-recall"))):
+        asked = ScoreJob(samples=samples.url, reference=(root / "data").url, features=features, metrics=metrics)  # type: ignore[arg-type]
+        assert score_job(asked)["recorded"]
+    found = MlflowClient(tracking_uri=uri).get_run(tracker.tracker_id).data.metrics
+    assert set(found) == {"frechet_distance", "kid", "frechet_distance_halves", "precision_halves", "recall_halves"}
+    assert found["frechet_distance"] != found["frechet_distance_halves"]
 
 
 @pytest.mark.parametrize(
