@@ -51,8 +51,8 @@ from pipelines.features import pixel_features
 from pipelines.fit import Listener, State, fit, new_state, pixels_to_x_0, x_0_to_pixels
 from pipelines.fit_config import FitConfig
 from pipelines.images import encode
+from pipelines.moments import Moments, frechet_distance
 from pipelines.pictures import contact_sheet
-from pipelines.scoring import Moments, frechet_distance
 
 SAMPLES, STEPS, SHAPE = 1797, 20, (1, 8, 8)
 LEVELS = torch.arange(50, 1000, 100)

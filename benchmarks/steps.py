@@ -23,7 +23,7 @@ from models.samplers import SAMPLERS, build, clip_x_0, sample, sample_noise
 from pipelines.features import pixel_features
 from pipelines.fit import x_0_to_pixels
 from pipelines.lineage import Trained
-from pipelines.scoring import Moments, frechet_distance
+from pipelines.moments import Moments, frechet_distance
 
 SAMPLES, BATCH, ROUNDS = 1797, 64, 7
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Measure the Fréchet distance between a set of samples and a data set."""
+"""Measure how far two sets of pictures are apart: samples, data sets, or one of each."""
 
 import sys
 
 from jobs.cli import run
-from pipelines.config import ScoreJob
+from pipelines.score_config import ScoreJob
 from pipelines.scoring import dry_run, score_job
 
 

@@ -20,7 +20,7 @@ from pipelines.images import View
 from pipelines.ingest_plan import IngestConfig
 from pipelines.scaling import ScalingConfig
 from pipelines.storage import Folder, settled
-from pipelines.tracking_config import TrackingConfig, check_model_name
+from pipelines.tracking_config import TrackingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,20 +178,3 @@ class TrainJob:
     @property
     def run(self) -> Folder:
         return Folder(self.root) / "runs" / self.name
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreJob:
-    """Measure the Fréchet distance between a set of samples and a data set."""
-
-    samples: str
-    """The folder of a finished jobs/sample.py."""
-    reference: str = ""
-    """The folder of a data set; empty for the one that the samples' network was trained on."""
-    promote: str = ""
-    """Name of a registered model in MLflow: the network becomes its `champion` if its score is better than that of the
-    one that is, on the same data, seeds and settings of the sampler. None if empty."""
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-
-    def __post_init__(self) -> None:
-        check_model_name("promote", self.promote)

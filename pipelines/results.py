@@ -17,7 +17,8 @@ from pipelines.plain import to_dict
 from pipelines.sample_config import SampleJob
 from pipelines.sample_plan import plan_samples
 from pipelines.sampling import SHEET, STRIP, draw_samples
-from pipelines.scoring import METRIC, Comparison, score
+from pipelines.score_config import ScoreJob
+from pipelines.scoring import METRIC, score
 from pipelines.storage import Folder
 from pipelines.tracking import Tracker, now_ms
 from pipelines.validation import Curve
@@ -54,7 +55,7 @@ def evaluate(job: TrainJob, trained: Trained, tracker: Tracker) -> dict[str, Any
         plan_samples(SampleJob(checkpoint=trained.folder.url, out=folder.url, seeds=seeds, draw=job.draw))
     )
     log.info("score: comparing %d samples with the data", job.evaluate_images)
-    result = score(Comparison.find(folder, reference=None))
+    result = score(ScoreJob(samples=folder.url))
     tracker.metrics({METRIC: result[METRIC]}, position, anew=True)
     drawn_by, data = f"{job.draw.steps} {job.draw.sampler} steps", result["reference_digest"][:12]
     tracker.tags({"brickyard.scored_on": f"{job.evaluate_images} samples, {drawn_by}, data {data}"})

@@ -1,208 +1,222 @@
-"""The Fréchet distance between two sets of pictures, from statistics that merge: a Ray Data reduction.
+"""How far a set of samples is from a data set, or from another set: the scores, and the record of them.
 
-Each task turns one shard into n, Σx and Σxxᵀ of its features in float64; sums merge in any order. The feature of a
-small picture is its pixels in [0, 1]. The distance is that of the Gaussians with the same means and covariances,
-d² = ‖μ₁ - μ₂‖² + tr(Σ₁ + Σ₂ - 2 (Σ₁ Σ₂)^½) (Dowson and Landau, 1982); what is called FID is this on the features of
-an Inception network.
+What is added up over the pictures is in :mod:`pipelines.moments`, what holds every picture against every other in
+:mod:`pipelines.pairs`, how both are spread over the cluster in :mod:`pipelines.statistics` and
+:mod:`pipelines.pair_scores`.
 """
 
-import json
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy as np
-import ray.data
-from numpy.typing import NDArray
 
 from pipelines.champion import promote, record_score
 from pipelines.cluster import cluster
-from pipelines.config import ScoreJob
 from pipelines.errors import ConfigurationError, DataError
-from pipelines.features import FeatureConfig, pixel_features
-from pipelines.images import Pixels, View
-from pipelines.manifest import Manifest
+from pipelines.intervals import STUDENT, TENTHS, standard_error
 from pipelines.mlflow_door import check_trusted
-from pipelines.sample_shards import read_samples
-from pipelines.sampling import MANIFEST, SUCCESS
+from pipelines.moments import Moments, frechet_distance, frechet_distances, merged
+from pipelines.pair_scores import Kept, check_neighbours, hold_against
+from pipelines.pairs import Tables
+from pipelines.picture_sets import DataPictures, Pair, Pictures
+from pipelines.reference_cache import FOLDER, ReferenceCache
+from pipelines.score_config import ScoreJob
+from pipelines.statistics import statistics
 from pipelines.storage import Folder
 
 METRIC = "frechet_distance"
+VALUES = (METRIC, "kid", "precision", "recall", "density", "coverage")
+"""The names of all that may be measured."""
 
 log = logging.getLogger("brickyard.scoring")
 
 
-@dataclass(frozen=True)
-class Moments:
-    """n, Σx [D] and Σxxᵀ [D, D] of n feature vectors, in float64."""
+class Value(NamedTuple):
+    """Something that was measured."""
 
-    n: int
-    sum: NDArray[np.float64]
-    outer: NDArray[np.float64]
+    name: str
+    value: float
+    without: list[float]
+    """The value without each tenth of the samples; none if that is not known."""
 
-    @staticmethod
-    def of(features: NDArray[np.float64]) -> "Moments":
-        """Features are [n, D]."""
-        return Moments(len(features), features.sum(0), features.T @ features)
 
-    def __add__(self, other: "Moments") -> "Moments":
-        return Moments(self.n + other.n, self.sum + other.sum, self.outer + other.outer)
+class Side:
+    """What is found out about one of the two sets."""
+
+    def __init__(self, pictures: Pictures, labels: list[str]) -> None:
+        self.pictures, self.labels = pictures, labels
+        self.tenths: list[list[Moments]] = []
+        """The moments of each group of parts: of all pictures, or first of those without label, then of each label."""
+        self.kept = Kept()
+
+    def measure(self, job: ScoreJob, groups: int, moments: bool) -> None:
+        """Go through the set once."""
+        what = statistics(
+            self.pictures,
+            job.features,
+            labels=len(self.labels),
+            moments=moments,
+            keep=job.needs_pairs,
+            pairs_images=job.pairs_images,
+        )
+        self.tenths = []
+        for number, part in enumerate(what):
+            self.kept.add(number, part.features)
+            if number < groups:
+                self.tenths.append(part.moments)
+            else:
+                self.tenths[number % groups] = _added(self.tenths[number % groups], part.moments)
 
     @property
-    def mean(self) -> NDArray[np.float64]:
-        return self.sum / self.n
+    def by_label(self) -> list[Moments]:
+        """The moments over all groups."""
+        total = self.tenths[0]
+        for tenth in self.tenths[1:]:
+            total = _added(total, tenth)
+        return total
 
-    @property
-    def covariance(self) -> NDArray[np.float64]:
-        """The unbiased covariance [D, D]; n must be at least 2."""
-        centred = self.outer - self.n * np.outer(self.mean, self.mean)
-        return centred / (self.n - 1)
+    def without(self, tenth: int) -> Moments:
+        """The moments of all pictures but those of a group."""
+        return merged(chain.from_iterable(several for i, several in enumerate(self.tenths) if i != tenth))
 
 
-def frechet_distance(a: Moments, b: Moments) -> float:
-    """Return d² of the Gaussians that fit two sets of features.
+def _added(a: list[Moments], b: list[Moments]) -> list[Moments]:
+    return [one + other for one, other in zip(a, b, strict=True)]
+
+
+def score(job: ScoreJob) -> dict[str, Any]:
+    """Return what the job asks for, and all that it was measured on.
 
     Raises:
-        DataError: if a set has fewer than two members, or the features differ in number.
+        DataError: if either set cannot be used, or the two cannot be compared.
+        ConfigurationError: if it is not said what they are compared with, or by.
     """
-    if a.n < 2 or b.n < 2:
-        raise DataError(f"a Fréchet distance needs at least two pictures on each side, not {a.n} and {b.n}")
-    if a.sum.shape != b.sum.shape:
-        raise DataError(f"the pictures differ in size: {a.sum.size} and {b.sum.size} features cannot be compared")
-    # (Σ₁ Σ₂)^½ has the eigenvalues of (√Σ₁ Σ₂ √Σ₁)^½, which is symmetric: no complex roots, no iteration.
-    values, vectors = np.linalg.eigh(a.covariance)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    mixed = np.sqrt(np.linalg.eigvalsh(root @ b.covariance @ root).clip(0)).sum()
-    apart = np.square(a.mean - b.mean).sum()
-    return float(apart + np.trace(a.covariance) + np.trace(b.covariance) - 2 * mixed)
-
-
-@dataclass(frozen=True)
-class ReadShardMoments:
-    """The task: the number of a shard to the moments of its features."""
-
-    read: Callable[[int], Pixels]
-
-    def __call__(self, row: dict[str, int]) -> dict[str, Any]:
-        moments = Moments.of(pixel_features(self.read(row["id"])))
-        return {"n": moments.n, "sum": moments.sum, "outer": moments.outer}
-
-
-def moments_of(read: Callable[[int], Pixels], shards: int) -> Moments:
-    """Reduce shards 0..shards-1, read by ``read``, to the moments of their pictures; memory holds two D × D."""
-    dataset = ray.data.range(shards, override_num_blocks=shards).map(ReadShardMoments(read))
-    # In order, so that the sums round the same each time: the root of a singular covariance shows the last digit.
-    dataset.context.execution_options.preserve_order = True
-    parts = (Moments(int(row["n"]), row["sum"], row["outer"]) for row in dataset.iter_rows())
-    total = next(parts)
-    for part in parts:
-        total += part
-    return total
-
-
-@dataclass(frozen=True)
-class DataShards:
-    """Reads the shards of a data set."""
-
-    folder: Folder
-    manifest: Manifest
-    view: View
-
-    def __call__(self, shard: int) -> Pixels:
-        start = sum(s.rows for s in self.manifest.shards[:shard])
-        rows = np.arange(start, start + self.manifest.shards[shard].rows)
-        return self.manifest.read(self.folder, rows, self.view).image
-
-
-@dataclass(frozen=True)
-class SampleShards:
-    """Reads the shards of a set of samples."""
-
-    folder: Folder
-    names: tuple[str, ...]
-    shape: tuple[int, int, int]
-
-    def __call__(self, shard: int) -> Pixels:
-        return read_samples(self.folder, [self.names[shard]], self.shape)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two sets of pictures that can be compared."""
-
-    samples: Folder
-    about: dict[str, Any]
-    reference: Folder
-    manifest: Manifest
-    view: View
-    """How the network saw the pictures of the data set."""
-
-    @staticmethod
-    def find(samples: Folder, reference: Folder | None) -> "Comparison":
-        """Find a finished set of samples and a data set; None is the one that the network was trained on.
-
-        Raises:
-            DataError: if either is not there or not finished, or if the two cannot be compared.
-        """
-        if not samples.exists(SUCCESS):
-            raise DataError(
-                f"{samples.url} is no finished set of samples: it has no {SUCCESS}; run jobs/sample.py first"
-            )
-        about = json.loads(samples.get(MANIFEST))
-        if not reference and not about["lineage"]["data_url"]:
-            raise ConfigurationError(
-                "reference is empty, and it is not on record what the network was trained on: give "
-                "--reference FOLDER of a data set"
-            )
-        reference = reference or Folder(about["lineage"]["data_url"])
-        manifest = Manifest.load(reference)
-        channels, height, width = about["shape"]
-        if manifest.channels != channels or 0 < manifest.side < height:
-            raise DataError(
-                f"samples are {height} x {width} x {channels}, the images of {reference.url} are "
-                f"{' x '.join(map(str, manifest.shape))}; they cannot be compared"
-            )
-        view = View(side=height, channels=channels, zoom=about["lineage"].get("zoom", 1.0))
-        FeatureConfig().check_shape((height, width, channels))
-        return Comparison(samples, about, reference, manifest, view)
-
-
-def score(comparison: Comparison) -> dict[str, Any]:
-    """Return the Fréchet distance of the samples from the data set, and what it was measured on."""
-    samples, about, manifest = comparison.samples, comparison.about, comparison.manifest
-    names = tuple(file["name"] for file in about["files"])
+    pair = _pair(job)
+    labels = pair.labels if job.per_class else []
+    samples, reference = Side(pair.samples, labels), Side(pair.reference, labels)
+    log.info("score: %s of %s against %s", ", ".join(job.metrics), pair.samples.folder.url, pair.reference.folder.url)
+    result, values = _facts(job, pair), list[Value]()
     with cluster():
-        drawn = moments_of(SampleShards(samples, names, tuple(about["shape"])), len(names))
-        real = moments_of(DataShards(comparison.reference, manifest, comparison.view), len(manifest.shards))
+        groups = TENTHS if job.interval and pair.samples.n >= 2 * TENTHS else 1
+        samples.measure(job, groups, "frechet" in job.metrics)
+        if "frechet" in job.metrics:
+            of_reference, result["reference_cached"] = _reference_moments(job, reference)
+            real, drawn = merged(of_reference), samples.by_label
+            result |= {"samples_n": merged(drawn).n, "reference_n": real.n}  # less what could not be used
+            values += [_frechet(samples, real)]
+            if labels:
+                result["per_class"] = _by_class(labels, drawn[1:], of_reference[1:])
+        else:
+            reference.measure(job, 1, moments=False)
+        if job.needs_pairs:
+            check_neighbours(job, (samples.kept.n, reference.kept.n))
+            result |= {"pairs_n": [samples.kept.n, reference.kept.n], "neighbours": job.neighbours}
+            values += _of_pairs(job, hold_against(job, samples.kept, reference.kept, groups), groups)
+    errors = {one.name: standard_error(one.without) for one in values if one.without}
+    return result | {one.name: one.value for one in values} | {
+        "standard_errors": errors,
+        "intervals": {
+            one.name: [one.value - STUDENT * errors[one.name], one.value + STUDENT * errors[one.name]]
+            for one in values
+            if one.without
+        },
+    }  # fmt: skip
+
+
+def _facts(job: ScoreJob, pair: Pair) -> dict[str, Any]:
+    lineage = pair.samples.lineage
     return {
-        "frechet_distance": frechet_distance(drawn, real),
-        "features": "pixels in [0, 1]",
-        "samples": samples.url,
-        "samples_n": drawn.n,
-        "seeds": about["seeds"],
-        "reference": comparison.reference.url,
-        "reference_n": real.n,
-        "reference_digest": manifest.digest,
-        "same_data_as_trained_on": manifest.digest == about["lineage"]["data_digest"],
-        "lineage": about["lineage"],
+        "features": job.features.identity,
+        "samples": pair.samples.folder.url,
+        "samples_n": pair.samples.n,
+        "samples_digest": pair.samples.digest,
+        "seeds": pair.samples.seeds,
+        "reference": pair.reference.folder.url,
+        "reference_n": pair.reference.n,
+        "reference_digest": pair.reference.digest,
+        "same_data_as_trained_on": pair.reference.digest == lineage.get("data_digest"),
+        "side": pair.samples.shape[0],
+        "lineage": lineage,
     }
 
 
+def _reference_moments(job: ScoreJob, reference: Side) -> tuple[list[Moments], bool]:
+    """Return the moments of the reference, and whether they were kept from another time."""
+    pictures = reference.pictures
+    zoom = pictures.view.zoom if isinstance(pictures, DataPictures) else 1.0
+    about = {
+        "digest": pictures.digest,
+        "features": job.features.identity,
+        "shape": list(pictures.shape),
+        "zoom": zoom,
+        "labels": reference.labels,
+    }
+    folder = None if job.cache == "none" else Folder(job.cache) if job.cache else pictures.folder / FOLDER
+    cache = ReferenceCache(folder, about)
+    kept = cache.load()
+    if kept is None or job.needs_pairs:
+        reference.measure(job, 1, moments=kept is None)
+    if kept is not None:
+        return kept, True
+    cache.save(reference.by_label)
+    return reference.by_label, False
+
+
+def _frechet(samples: Side, real: Moments) -> Value:
+    groups = range(len(samples.tenths) if len(samples.tenths) > 1 else 0)
+    # One after the other: a table of D × D is large.
+    value, *without = frechet_distances(chain([merged(samples.by_label)], map(samples.without, groups)), real)
+    return Value(METRIC, value, without)
+
+
+def _by_class(labels: list[str], drawn: list[Moments], real: list[Moments]) -> dict[str, float | None]:
+    """Return the distance of each label by itself, None where either set has fewer than two pictures of it."""
+    both = zip(labels, drawn, real, strict=True)
+    return {name: frechet_distance(a, b) if min(a.n, b.n) > 1 else None for name, a, b in both}
+
+
+def _of_pairs(job: ScoreJob, tables: Tables, groups: int) -> list[Value]:
+    k = job.neighbours
+    asked: dict[str, Callable[[int | None], float]] = {}
+    if "kid" in job.metrics:
+        asked["kid"] = tables.kid
+    if "precision-recall" in job.metrics:
+        asked["precision"] = tables.precision
+    if "density-coverage" in job.metrics:
+        asked |= {"density": lambda without: tables.density(k, without), "coverage": tables.coverage}
+    several = groups > 1 and len(set(tables.group)) == groups
+    values = [Value(name, value(None), [value(i) for i in range(groups * several)]) for name, value in asked.items()]
+    if "precision-recall" in job.metrics:  # without a tenth of the samples the balls of all others are larger
+        values.append(Value("recall", tables.recall(), []))
+    return values
+
+
 def score_job(job: ScoreJob) -> dict[str, Any]:
-    """Do what the job says, and write the score to the MLflow run that trained the network.
+    """Do what the job says, and write the scores to the MLflow run that trained the network.
 
     Raises:
-        DataError: if the samples or the data set cannot be used.
+        DataError: if the sets cannot be used.
+        ConfigurationError: if a network is to be promoted, and the samples are of none.
         TryAgainError: if the network was to be promoted, and MLflow does not answer.
     """
-    result = score(_comparison(job))
+    result = score(job)
     lineage = result["lineage"]
+    if not lineage:
+        if job.promote:
+            raise ConfigurationError(f"promote is {job.promote!r}; {job.samples} is a data set, which no network drew")
+        return result | {"recorded": False}
     uri = job.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or lineage["tracking_uri"]
     if uri == lineage["tracking_uri"]:
         check_trusted(uri)
-    result |= {"recorded": record_score(uri, lineage["tracking_run"], METRIC, result[METRIC], lineage)}
+    recorded = [
+        record_score(uri, lineage["tracking_run"], name + job.features.suffix, result[name], lineage)
+        for name in VALUES
+        if name in result and np.isfinite(result[name])
+    ]
+    result |= {"recorded": bool(recorded) and all(recorded)}
     if job.promote:
         verdict = promote(uri, lineage["tracking_run"], job.promote, result, METRIC)
         log.info("%s", verdict["why"])
@@ -212,15 +226,21 @@ def score_job(job: ScoreJob) -> dict[str, Any]:
 
 def dry_run(job: ScoreJob) -> dict[str, Any]:
     """Return what would be compared, having changed nothing."""
-    comparison = _comparison(job)
-    return {
-        "dry_run": True,
-        "samples": comparison.samples.url,
-        "samples_n": sum(file["images"] for file in comparison.about["files"]),
-        "reference": comparison.reference.url,
-        "reference_n": comparison.manifest.rows,
-    }
+    pair = _pair(job)
+    labels = pair.labels if job.per_class else []
+    facts = _facts(job, pair)
+    del facts["lineage"]
+    return {"dry_run": True, "metrics": list(job.metrics), **facts} | ({"labels": labels} if labels else {})
 
 
-def _comparison(job: ScoreJob) -> Comparison:
-    return Comparison.find(Folder(job.samples), Folder(job.reference) if job.reference else None)
+def _pair(job: ScoreJob) -> Pair:
+    pair = Pair.find(Folder(job.samples), Folder(job.reference) if job.reference else None, job.side)
+    job.features.check_shape(pair.samples.shape)
+    if job.features.kind == "file":
+        from pipelines.file_features import check_digest
+
+        check_digest(job.features)  # before a cluster is started for it
+    check_neighbours(job, (pair.samples.n, pair.reference.n))
+    if "frechet" in job.metrics and min(pair.samples.n, pair.reference.n) < 2:
+        raise DataError("a Fréchet distance needs at least two pictures on each side")
+    return pair

@@ -7,7 +7,7 @@ import pytest
 from jobs.cli import parse
 from jobs.presets import CIFAR10, PRESETS
 from models.parallelize import ParallelConfig
-from pipelines.config import DataConfig, ScoreJob, TrainJob
+from pipelines.config import DataConfig, TrainJob
 from pipelines.draw_config import DrawConfig
 from pipelines.errors import ConfigurationError
 from pipelines.fit_config import FitConfig
@@ -16,6 +16,7 @@ from pipelines.plain import file_as_flags, flatten, from_dict, to_dict, to_yaml
 from pipelines.rehearsal import memory_per_worker
 from pipelines.sample_config import SampleJob
 from pipelines.scaling import ScalingConfig
+from pipelines.score_config import ScoreJob
 from pipelines.tracking_config import TrackingConfig
 
 

@@ -18,7 +18,6 @@ from models.schedule import article
 from models.unet import UNet
 from pipelines import checkpoints
 from pipelines.checkpoints import Checkpoint
-from pipelines.config import ScoreJob
 from pipelines.digits import write_digits
 from pipelines.draw_config import DrawConfig
 from pipelines.errors import ConfigurationError, DataError
@@ -27,11 +26,13 @@ from pipelines.fit import new_state
 from pipelines.images import decode
 from pipelines.ingest import ingest
 from pipelines.ingest_plan import IngestConfig, IngestPlan
+from pipelines.moments import Moments, frechet_distance
 from pipelines.plain import to_dict
 from pipelines.sample_config import SampleJob
 from pipelines.sample_plan import plan_samples
 from pipelines.sampling import draw_samples, dry_run, verify
-from pipelines.scoring import Moments, frechet_distance, score_job
+from pipelines.score_config import ScoreJob
+from pipelines.scoring import score_job
 from pipelines.storage import Folder
 from pipelines.world import World
 from tests.pipelines.states import FIT, TINY
