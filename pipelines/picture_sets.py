@@ -61,6 +61,10 @@ class DataPictures:
         return {}
 
     @property
+    def sampling_run(self) -> str:
+        return ""
+
+    @property
     def seeds(self) -> list[int]:
         return []
 
@@ -114,6 +118,11 @@ class SamplePictures:
     @property
     def lineage(self) -> dict[str, Any]:
         return dict(self.about["lineage"])
+
+    @property
+    def sampling_run(self) -> str:
+        """Our own id of the run that drew them; empty if none was recorded."""
+        return str(self.about.get("recorded", {}).get("run", ""))
 
     @property
     def seeds(self) -> list[int]:

@@ -140,6 +140,7 @@ def _facts(job: ScoreJob, pair: Pair) -> dict[str, Any]:
         "same_data_as_trained_on": pair.reference.digest == lineage.get("data_digest"),
         "side": pair.samples.shape[0],
         "lineage": lineage,
+        "sampling_run": pair.samples.sampling_run,
     }
 
 
@@ -203,7 +204,7 @@ def score_job(job: ScoreJob) -> dict[str, Any]:
         TryAgainError: if the network was to be promoted, and MLflow does not answer.
     """
     result = score(job)
-    lineage = result["lineage"]
+    lineage, sampling_run = result["lineage"], result.pop("sampling_run")
     if not lineage:
         if job.promote:
             raise ConfigurationError(f"promote is {job.promote!r}; {job.samples} is a data set, which no network drew")
@@ -211,10 +212,12 @@ def score_job(job: ScoreJob) -> dict[str, Any]:
     uri = job.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or lineage["tracking_uri"]
     if uri == lineage["tracking_uri"]:
         check_trusted(uri)
+    values = {
+        name + job.features.suffix: result[name] for name in VALUES if name in result and np.isfinite(result[name])
+    }
+    runs = [lineage["tracking_run"], sampling_run]
     recorded = [
-        record_score(uri, lineage["tracking_run"], name + job.features.suffix, result[name], lineage)
-        for name in VALUES
-        if name in result and np.isfinite(result[name])
+        record_score(uri, run, name, value, lineage) for run in runs if run for name, value in values.items()
     ]
     result |= {"recorded": bool(recorded) and all(recorded)}
     if job.promote:
@@ -229,7 +232,7 @@ def dry_run(job: ScoreJob) -> dict[str, Any]:
     pair = _pair(job)
     labels = pair.labels if job.per_class else []
     facts = _facts(job, pair)
-    del facts["lineage"]
+    del facts["lineage"], facts["sampling_run"]
     return {"dry_run": True, "metrics": list(job.metrics), **facts} | ({"labels": labels} if labels else {})
 
 
