@@ -216,9 +216,7 @@ def score_job(job: ScoreJob) -> dict[str, Any]:
         name + job.features.suffix: result[name] for name in VALUES if name in result and np.isfinite(result[name])
     }
     runs = [lineage["tracking_run"], sampling_run]
-    recorded = [
-        record_score(uri, run, name, value, lineage) for run in runs if run for name, value in values.items()
-    ]
+    recorded = [record_score(uri, run, name, value, lineage) for run in runs if run for name, value in values.items()]
     result |= {"recorded": bool(recorded) and all(recorded)}
     if job.promote:
         verdict = promote(uri, lineage["tracking_run"], job.promote, result, METRIC)
