@@ -1,6 +1,8 @@
 """Scores of networks that were trained before, on record; and the best of them, which is the champion."""
 
 import logging
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from pipelines.entries import without_password
@@ -30,6 +32,25 @@ def record_score(uri: str, run_id: str, metric: str, value: float, lineage: dict
         mlflow_models.record_score(client, mlflow_find.run_of(client, run_id), metric, value, lineage)
     except Exception as error:
         log.warning("MLflow at %s did not take the score: %s", without_password(uri), error)
+        return False
+    return True
+
+
+def record_file(uri: str, run_id: str, name: str, data: bytes) -> bool:
+    """Add a file to a run that has ended. Return whether it was taken; a failing tracker is said, not raised."""
+    if uri in ("", "none") or not run_id:
+        return False
+    be_brief()
+    from pipelines import mlflow_find
+
+    try:
+        client = mlflow_find.client(without_password(uri))
+        run = mlflow_find.run_of(client, run_id)
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / name).write_bytes(data)
+            client.log_artifact(run.info.run_id, str(Path(folder) / name))
+    except Exception as error:
+        log.warning("MLflow at %s did not take %s: %s", without_password(uri), name, error)
         return False
     return True
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pipelines.errors import ConfigurationError, DamagedError, DataError
 from pipelines.images import BadImageError, Pixels, View, decode
 from pipelines.manifest import Manifest
-from pipelines.sampling import MANIFEST, SUCCESS
+from pipelines.sample_set import MANIFEST, SUCCESS
 from pipelines.storage import Folder
 
 

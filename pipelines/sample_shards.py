@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from pipelines.errors import DataError
 from pipelines.images import BadImageError, Pixels, decode, encode
 from pipelines.sample_config import Form
+from pipelines.stamp import stamped
 from pipelines.storage import Folder
 
 
@@ -46,11 +47,16 @@ def write(
         also: the forms beside Parquet.
     """
     images = [encode(picture, "png") for picture in pixels]
+    if also:  # a picture that goes its own way says where it comes from
+        stamped_images = [
+            stamped(image, {**lineage, "seed": seed, "label": label})
+            for seed, label, image in zip(seeds, labels, images, strict=True)
+        ]
     if "png" in also:
-        for seed, image in zip(seeds, images, strict=True):
+        for seed, image in zip(seeds, stamped_images, strict=True):
             out.put(png_name(shard, seed), image)
     if "tar" in also:
-        out.put(tar_name(shard), _tar(seeds, labels, names, images))
+        out.put(tar_name(shard), _tar(seeds, labels, names, stamped_images))
     table = pa.table(
         {
             "seed": pa.array(seeds, pa.int64()),

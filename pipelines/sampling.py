@@ -20,7 +20,7 @@ import ray.data
 import torch
 from ray.data import ActorPoolStrategy
 
-from pipelines import firing, sample_shards
+from pipelines import sample_shards
 from pipelines.cluster import cluster
 from pipelines.draw_shard import DrawShard
 from pipelines.errors import DataError
@@ -33,11 +33,11 @@ from pipelines.progress import SampleProgress
 from pipelines.sample_config import Form, SampleJob
 from pipelines.sample_plan import CLAIM, SamplePlan, check_claim, claim, plan_samples
 from pipelines.sample_record import recorded
+from pipelines.sample_set import MANIFEST, SUCCESS
 from pipelines.sample_shards import DamagedShardError
 from pipelines.storage import Folder
 from pipelines.tracking import Tracker
 
-MANIFEST, SUCCESS = "manifest.json", firing.SUCCESS
 SHEET, STRIP = "contact-sheet.png", "strip.png"
 SHEET_IMAGES = 100
 MOST_TOGETHER = 4
