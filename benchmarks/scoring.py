@@ -3,9 +3,8 @@
     python benchmarks/scoring.py --folder /tmp/brickyard-scoring
 
 Two data sets of 50,000 pictures of 32 × 32 in RGB are made in the folder, once: digits, enlarged, each in a colour and
-with noise of its own, as PNG. Their features come from a convolutional network in a file, 128 numbers a picture. With
-`--channels 16` it takes half a millisecond for one on one core, with 32 four times the operations; the Inception
-network takes a hundred times as long. A round is, in turn:
+with noise of its own, as PNG. Their features come from a convolutional network in a file, 128 numbers a picture: with
+`--channels 16` in half a millisecond each on one core, with 32 by four times the operations. A round is, in turn:
 
 - E, the extractor by itself: as many plain processes as the job has actors, each reading its part of the pictures and
   taking their features batch by batch, and nothing else. Two clocks: from the start of the processes, and (E') from
