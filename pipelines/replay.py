@@ -82,7 +82,9 @@ def dry_run(job: ReplayJob) -> dict[str, Any]:
 def _run(url: str) -> Folder:
     home = Folder(url)
     if not home.exists(RUN):
-        raise DataError(f"{home.url} is not the folder of a run: it has no {RUN}; give one below ROOT/runs")
+        raise DataError(
+            f"{home.url} is not the folder of a run: it has no {RUN}; give one below ROOT/runs, or of samples"
+        )
     return home
 
 

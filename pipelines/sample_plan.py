@@ -4,7 +4,6 @@ import csv
 import hashlib
 import io
 import json
-import uuid
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,21 +174,16 @@ def identity(plan: SamplePlan) -> dict[str, Any]:
     return settings
 
 
-def claim(plan: SamplePlan) -> str:
+def claim(plan: SamplePlan) -> None:
     """Write down, once for all jobs in a folder, which samples it is for and how the network was found.
-
-    Returns:
-        Our own id of the set of samples; empty for one of an older version.
 
     Raises:
         ConfigurationError: if the folder is for other samples.
         TryAgainError: if another job has just begun there with another network of the same address.
     """
     asked = {"address": plan.asked.address, "model_id": plan.asked.model_id, "version": plan.asked.version}
-    mine = {**identity(plan), "asked": asked, "id": uuid.uuid4().hex}
-    if not plan.out.create(CLAIM, json.dumps(mine, indent=1).encode()):
+    if not plan.out.create(CLAIM, json.dumps({**identity(plan), "asked": asked}, indent=1).encode()):
         check_claim(plan)
-    return str(json.loads(plan.out.get(CLAIM)).get("id", ""))
 
 
 def check_claim(plan: SamplePlan) -> None:

@@ -7,25 +7,24 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from pipelines import run_folder
 from pipelines.entries import ModelInput
 from pipelines.lineage import ray_job
 from pipelines.mlflow_door import check_trusted
 from pipelines.plain import flatten, to_dict, to_yaml
-from pipelines.run_folder import count_start
 from pipelines.sample_config import SampleJob
-from pipelines.sample_plan import SamplePlan
+from pipelines.sample_plan import SamplePlan, identity
 from pipelines.storage import Folder
 from pipelines.tracking import Tracker, ending, open_tracker
 
 
 @contextmanager
-def recorded(job: SampleJob, plan: SamplePlan, run_id: str) -> Iterator[Tracker]:
+def recorded(job: SampleJob, plan: SamplePlan) -> Iterator[Tracker]:
     """Record a sampling job while this block draws.
 
     Args:
         job: the job.
         plan: what it draws.
-        run_id: our own id of the set of samples.
 
     Raises:
         ConfigurationError: if the training was recorded where the environment's password is not known to belong.
@@ -33,6 +32,10 @@ def recorded(job: SampleJob, plan: SamplePlan, run_id: str) -> Iterator[Tracker]
     uri = job.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or plan.lineage["tracking_uri"] or "none"
     if uri == plan.lineage["tracking_uri"]:
         check_trusted(uri)
+    if uri == "none":
+        yield Tracker()
+        return
+    run_folder.claim(plan.out, identity(plan))  # the folder is that of a run, as for jobs/replay.py
     # Beside a database lie the files of its experiments.
     root = Folder(str(Path(uri.removeprefix("sqlite:///")).parent)) if uri.startswith("sqlite:///") else plan.out
     lineage = plan.lineage
@@ -54,10 +57,10 @@ def recorded(job: SampleJob, plan: SamplePlan, run_id: str) -> Iterator[Tracker]
         root,
         plan.out,
         plan.out.name,
-        run_id,
+        run_folder.run_id(plan.out),
         parameters=flatten(to_dict(job)),
         tags={name: value for name, value in tags.items() if value},
-        start=count_start(plan.out, to_yaml(job)) if uri != "none" else 1,
+        start=run_folder.count_start(plan.out, to_yaml(job)),
     )
     with ending(tracker):
         if plan.asked.model_id:

@@ -54,14 +54,14 @@ log = logging.getLogger("brickyard.sampling")
 def draw_samples(
     plan: SamplePlan,
     check: Callable[[], None] = lambda: None,
-    record: Callable[[str], AbstractContextManager[Tracker]] = lambda run_id: nullcontext(Tracker()),
+    record: Callable[[], AbstractContextManager[Tracker]] = lambda: nullcontext(Tracker()),
 ) -> dict[str, Any]:
     """Write every shard that is missing, read all of them back, then write the pictures, the manifest and ``_SUCCESS``.
 
     Args:
         plan: what to draw.
         check: is called between shards, and before the last files: it raises if this job is to write no more.
-        record: opens the record of the job, if there is something to do, of the samples with an id of ours.
+        record: opens the record of the job, if there is something to do.
 
     Returns:
         What was done: counts, seconds and where it is.
@@ -72,12 +72,12 @@ def draw_samples(
         TryAgainError: if another job has just begun there with a newer network, or if ``check`` says so.
     """
     out, began = plan.out, time.perf_counter()
-    run_id = claim(plan)
+    claim(plan)
     present = set(out.names())
     missing = [shard for shard in range(plan.shards) if sample_shards.shard_name(shard) not in present]
     summary = {"samples": out.url, "images": len(plan.seeds), "drawn_now": 0}
     if missing or SUCCESS not in present:
-        with record(run_id) as tracker:
+        with record() as tracker:
             drawn = _draw_and_finish(plan, missing, check, tracker)
             seconds = time.perf_counter() - began
             rates = {"images_per_s": drawn / seconds, "seconds_per_image": seconds / drawn} if drawn else {}

@@ -28,13 +28,16 @@ from pipelines.ingest import ingest
 from pipelines.ingest_plan import IngestConfig, IngestPlan
 from pipelines.moments import Moments, frechet_distance
 from pipelines.plain import to_dict
+from pipelines.replay import ReplayJob
+from pipelines.replay import dry_run as waits_for
 from pipelines.sample_config import SampleJob
 from pipelines.sample_plan import plan_samples
-from pipelines.sampling import draw_samples, dry_run, verify
+from pipelines.sampling import draw_samples, dry_run, sample_job, verify
 from pipelines.score_config import ScoreJob
 from pipelines.scoring import score_job
 from pipelines.stamp import stamp_of
 from pipelines.storage import Folder
+from pipelines.tracking_config import TrackingConfig
 from pipelines.world import World
 from tests.pipelines.states import FIT, TINY
 
@@ -137,6 +140,13 @@ def test_a_shard_that_is_damaged_before_the_end_is_drawn_again(
     assert draw_samples(plan_samples(job(run, samples)))["drawn_now"] == 15
     assert pictures(samples) == before and verify(samples)["verified"] == 25
     assert "part-000001.parquet is damaged" in caplog.text and "does not hold the seeds that it must" in caplog.text
+
+
+def test_a_tracker_that_is_away_costs_the_record_alone_and_that_waits(run: Folder, folder: Folder) -> None:
+    away = replace(job(run, folder), tracking=TrackingConfig(uri="http://127.0.0.1:9", experiment="samples"))
+    assert sample_job(away)["drawn_now"] == 25
+    assert verify(folder)["verified"] == 25
+    assert waits_for(ReplayJob(runs=(folder.url,)))["waiting"] > 5
 
 
 def test_tars_and_single_pictures_hold_the_same(run: Folder, folder: Folder) -> None:
