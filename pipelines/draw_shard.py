@@ -15,6 +15,7 @@ from models.samplers import sample
 from pipelines import sample_shards
 from pipelines.fit import x_0_to_pixels
 from pipelines.images import Pixels
+from pipelines.lease import Fence
 from pipelines.sample_plan import SamplePlan
 
 
@@ -24,11 +25,12 @@ class DrawShard:
     Args:
         plan: what to draw.
         anew: draw those that are there already, too.
+        fence: of the lease under which they are drawn, if there is one.
     """
 
-    def __init__(self, plan: SamplePlan, anew: bool = False) -> None:
+    def __init__(self, plan: SamplePlan, anew: bool = False, fence: Fence | None = None) -> None:
         torch.set_num_threads(1)
-        self.plan, self.anew = plan, anew
+        self.plan, self.anew, self.fence = plan, anew, fence
         self.device = torch.device("cuda" if plan.draw.use_gpu else "cpu")
         self.schedule = plan.trained.schedule()
 
@@ -51,12 +53,14 @@ class DrawShard:
                 if not self.anew and self.plan.out.exists(sample_shards.shard_name(shard)):
                     yield _row(shard, 0, began)
                     continue
-                seeds = self.plan.shard_seeds(shard)
-                size = self.plan.draw.batch_images
-                pixels = np.concatenate([self._draw(seeds[i : i + size]) for i in range(0, len(seeds), size)])
-                if writing:
-                    yield writing.result()
-                writing = writer.submit(self._write, shard, seeds, pixels, began)
+                seeds, size, pixels = self.plan.shard_seeds(shard), self.plan.draw.batch_images, list[Pixels]()
+                starts = range(0, len(seeds), size)
+                for start in starts:
+                    if writing and start == starts[-1]:  # so that a kill costs one whole shard, and no two
+                        yield writing.result()
+                        writing = None
+                    pixels.append(self._draw(seeds[start : start + size]))
+                writing = writer.submit(self._write, shard, seeds, np.concatenate(pixels), began)
             if writing:
                 yield writing.result()
 
@@ -75,7 +79,11 @@ class DrawShard:
     def _write(self, shard: int, seeds: range, pixels: Pixels, began: float) -> dict[str, Any]:
         plan = self.plan
         labels = plan.labels(torch.tensor(seeds)).tolist()
-        sample_shards.write(plan.out, shard, seeds, labels, plan.trained.labels, pixels, plan.lineage, plan.also)
+        if self.fence:
+            self.fence.check()
+        sample_shards.write(
+            plan.out, shard, seeds, labels, plan.trained.labels, pixels, plan.lineage, plan.also, self.anew
+        )
         return _row(shard, len(seeds), began)
 
 

@@ -130,8 +130,13 @@ class _Firing:
         for slot in due:
             outcomes[slot_id(slot)] = outcome = self._settle(slot)
             log.info("slot %s: %s%s", slot_id(slot), outcome.state, f", {outcome.error}" if outcome.error else "")
-            if outcome.state == "held elsewhere" or not self.deadline.left_s:
+            if outcome.state == "held elsewhere":
                 break  # so would the next be; the next firing catches up with it
+            if not self.deadline.left_s and slot != due[-1]:
+                late = TryAgainError(f"there was no time left for it; its deadline is {self.config.deadline_s:g} s")
+                self._alert(own, "failed", late)
+                outcomes[slot_id(own)] = _Outcome("failed", error=late)
+                break
         failed = {slot: outcome.error for slot, outcome in outcomes.items() if outcome.error}
         if failed:
             # What no other try would mend counts more than what one may.
@@ -219,10 +224,11 @@ def _recorded(slot: Slot) -> Iterator[None]:
     say("working")
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
+        state = "failed" if isinstance(error, Exception) else "interrupted"
         with contextlib.suppress(BrickyardError):
             slot.fence.check()
-            say("failed", error=_words(error), ended=clock().isoformat(timespec="seconds"))
+            say(state, error=_words(error), ended=clock().isoformat(timespec="seconds"))
         raise
     with contextlib.suppress(BrickyardError):
         slot.fence.check()

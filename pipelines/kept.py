@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import stat
 import tempfile
 import zlib
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ class KeptFolder(Folder):
     def get_range(self, name: str, start: int, stop: int) -> bytes:
         file = self._home / f"{name.replace('/', '_')}-{start}-{stop}"
         with contextlib.suppress(OSError):
-            kept = file.read_bytes()
+            kept = file.read_bytes() if self._is_ours else b""
             data = kept[:-_CRC_BYTES]
             if zlib.crc32(data).to_bytes(_CRC_BYTES) == kept[-_CRC_BYTES:] and len(data) == stop - start:
                 return data
@@ -67,13 +68,22 @@ class KeptFolder(Folder):
 
     def _make_room(self, size: int) -> int:
         """Return how many bytes are kept here; what is kept of other data goes if they leave no room."""
-        self._home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._home.parent.mkdir(exist_ok=True, mode=0o700)
+        if not self._is_ours:
+            raise PermissionError(f"{self._home.parent} is not this user's alone")
+        self._home.mkdir(exist_ok=True)
         sizes = {home: _size(home) for home in self._home.parent.iterdir()}
         for home in sizes.keys() - {self._home}:
             if sum(sizes.values()) + size > self.max_bytes:
                 shutil.rmtree(home, ignore_errors=True)
                 sizes[home] = 0
         return sum(sizes.values())
+
+    @property
+    def _is_ours(self) -> bool:
+        """Whether nobody else can have put there what is read: the name can be guessed."""
+        about = self._home.parent.lstat()
+        return about.st_uid == os.getuid() and stat.S_IMODE(about.st_mode) == 0o700
 
     @cached_property
     def _home(self) -> Path:

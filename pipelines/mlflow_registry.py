@@ -10,6 +10,7 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModel
 from mlflow.exceptions import MlflowException
 
+from pipelines.entries import ABOUT
 from pipelines.environment import environment
 from pipelines.errors import ConfigurationError
 from pipelines.mlflow_models import DIGEST, MODEL, NOT_THERE
@@ -92,10 +93,10 @@ def _newest_of(client: MlflowClient, run_id: str, address: str) -> LoggedModel:
 
 
 def bring(client: MlflowClient, model_id: str, to: Folder) -> None:
-    """Copy what MLflow has of a model into a folder."""
+    """Copy what MLflow has of a model into a folder; what says what it is comes last."""
     # A database looks for the model at the process's own address (3.17).
     with tempfile.TemporaryDirectory() as temporary, environment({"MLFLOW_TRACKING_URI": client.tracking_uri}):
         mlflow.artifacts.download_artifacts(artifact_uri=f"models:/{model_id}", dst_path=temporary)
-        files = sorted(path for path in Path(temporary).rglob("*") if path.is_file() and path.name != "MLmodel")
-        for path in files:
+        files = [path for path in Path(temporary).rglob("*") if path.is_file() and path.name != "MLmodel"]
+        for path in sorted(files, key=lambda path: path.name == ABOUT):
             to.put(path.name, path.read_bytes())

@@ -3,16 +3,12 @@
 import logging
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from pipelines.entries import without_password
+from pipelines.entries import ABOUT, without_password
 from pipelines.errors import BrickyardError, ConfigurationError, DataError, TryAgainError
 from pipelines.lineage import Trained
 from pipelines.mlflow_door import be_brief
 from pipelines.storage import Folder
-
-if TYPE_CHECKING:
-    from pipelines.mlflow_registry import Registered
 
 log = logging.getLogger("brickyard.sampling")
 
@@ -42,14 +38,15 @@ def find(checkpoint: str, uri: str, keep: Folder, meant: dict[str, str] | None =
         checkpoint: a folder, or an address.
         uri: of the tracker; empty for the environment's.
         keep: where to put the weights if MLflow alone has them.
-        meant: model_id and version, as the address was understood before; what it means may change.
+        meant: model_id, version, checkpoint and digest, as the address was understood before; what it means may change.
 
     Raises:
         ConfigurationError, DataError: if there is none.
         TryAgainError: if MLflow does not answer.
     """
     if not is_address(checkpoint):
-        return Asked(Trained.find(checkpoint), checkpoint)
+        begun = _still_there(meant["checkpoint"], meant["digest"]) if meant and "digest" in meant else None
+        return Asked(begun or Trained.find(checkpoint), checkpoint)
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI", "")
     if uri in ("", "none"):
         raise ConfigurationError(
@@ -65,10 +62,10 @@ def find(checkpoint: str, uri: str, keep: Folder, meant: dict[str, str] | None =
             model = mlflow_registry.look_up(client, f"models:/{meant['model_id']}")
         else:
             model = mlflow_registry.look_up(client, checkpoint)
-        trained = _still_there(model)
+        trained = _still_there(model.checkpoint, model.digest)
         if trained is None:
             folder = keep / f"model-{model.digest[:12]}"
-            if not folder.names():
+            if not folder.exists(ABOUT):  # which comes last
                 log.info("%s is no more; MLflow's copy of the weights is taken", model.checkpoint or "the checkpoint")
                 mlflow_registry.bring(client, model.model_id, folder)
             trained = Trained.find(folder.url)
@@ -86,10 +83,10 @@ def find(checkpoint: str, uri: str, keep: Folder, meant: dict[str, str] | None =
     return Asked(trained, checkpoint, model.model_id, model.version or (meant or {}).get("version", ""))
 
 
-def _still_there(model: "Registered") -> Trained | None:
-    """Return the model's checkpoint if it still is where it was, and what it was."""
+def _still_there(checkpoint: str, digest: str) -> Trained | None:
+    """Return a checkpoint if it still is where it was, and what it was."""
     try:
-        trained = Trained.find(model.checkpoint) if model.checkpoint else None
+        trained = Trained.find(checkpoint) if checkpoint else None
     except DataError:
         return None
-    return trained if trained and trained.digest == model.digest else None
+    return trained if trained and trained.digest == digest else None

@@ -61,8 +61,8 @@ class DataPictures:
         return {}
 
     @property
-    def sampling_run(self) -> str:
-        return ""
+    def drawn_by(self) -> tuple[str, str]:
+        return "none", ""
 
     @property
     def seeds(self) -> list[int]:
@@ -120,9 +120,10 @@ class SamplePictures:
         return dict(self.about["lineage"])
 
     @property
-    def sampling_run(self) -> str:
-        """Our own id of the run that drew them; empty if none was recorded."""
-        return str(self.about.get("recorded", {}).get("run", ""))
+    def drawn_by(self) -> tuple[str, str]:
+        """The tracker of the run that drew them, and our own id of it; empty if none was recorded."""
+        recorded = self.about.get("recorded", {})
+        return str(recorded.get("uri", "none")), str(recorded.get("run", ""))
 
     @property
     def seeds(self) -> list[int]:

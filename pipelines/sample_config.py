@@ -36,8 +36,8 @@ class SampleJob:
     firing: FiringConfig = field(default_factory=FiringConfig)
     """With a slot the job is a firing of a schedule: the samples of each slot have a folder of their own below out."""
     tracking: TrackingConfig = field(default_factory=lambda: TrackingConfig(experiment="brickyard-samples"))
-    """Where the job is recorded, as a run of its own; where models:/ and runs:/ are looked up, too. An empty uri also
-    means the tracker of the training."""
+    """Where the job is recorded, as a run of its own; where models:/ and runs:/ are looked up, too. An empty uri is
+    MLFLOW_TRACKING_URI, or else the training's database, if it is on this machine."""
 
     def __post_init__(self) -> None:
         for name in ("out", "labels"):
@@ -47,6 +47,11 @@ class SampleJob:
             raise ConfigurationError(
                 f"firing.slot is {self.firing.slot!r}, and verify is asked for: leave that out and give --out the "
                 "folder of the slot"
+            )
+        if self.labels and self.firing.slot and self.firing.seeds == "fresh":
+            raise ConfigurationError(
+                f"labels is {self.labels} and firing.seeds fresh; a table has the seeds of one slot: take firing.seeds "
+                "same, or draw.label"
             )
         if not self.checkpoint and not self.verify:
             raise ConfigurationError("checkpoint is empty: give --checkpoint FOLDER of a run, or --verify")

@@ -23,6 +23,8 @@ WHAT_A_SAMPLE_DEPENDS_ON = (
 )  # fmt: skip
 CLAIM = "plan.json"
 """Says which samples a folder is for."""
+LATER: dict[str, Any] = {"labels_digest": "", "also": []}
+"""What folders of older versions do not say, and mean."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def plan_samples(job: SampleJob, keep: Folder | None = None) -> SamplePlan:
         TryAgainError: if MLflow is asked for the checkpoint and does not answer.
     """
     out = Folder(job.out)
-    # The first job in a folder has decided which network an alias means.
+    # The first job in a folder has decided which network an alias, or the newest checkpoint, means.
     claimed = json.loads(out.get(CLAIM)).get("asked", {}) if out.exists(CLAIM) else {}
     meant = claimed if claimed.get("address") == job.checkpoint else None
     asked = networks.find(job.checkpoint, job.tracking.uri, keep or out, meant)
@@ -145,8 +147,7 @@ def plan_samples(job: SampleJob, keep: Folder | None = None) -> SamplePlan:
         "draw": settings,
         "git_revision": git_revision(),
     }
-    if table:
-        lineage["labels_digest"] = table.digest
+    lineage["labels_digest"] = table.digest if table else ""
     if asked.version:
         lineage["model_version"] = asked.version
     return SamplePlan(asked, out, job.seed_range, job.draw, lineage, table, job.also)
@@ -168,6 +169,7 @@ def identity(plan: SamplePlan) -> dict[str, Any]:
     """Return what makes a set of samples the one that it is."""
     settings = {**plan.lineage, "shard_images": plan.draw.shard_images}
     settings["seeds"] = [plan.seeds.start, plan.seeds.stop - 1]
+    settings["also"] = list(plan.also)
     # The digest says which checkpoint, wherever it lies now and whoever keeps the record.
     for name in ("git_revision", "checkpoint", "data_url", "tracking_uri", "model_version"):
         settings.pop(name, None)
@@ -181,7 +183,13 @@ def claim(plan: SamplePlan) -> None:
         ConfigurationError: if the folder is for other samples.
         TryAgainError: if another job has just begun there with another network of the same address.
     """
-    asked = {"address": plan.asked.address, "model_id": plan.asked.model_id, "version": plan.asked.version}
+    asked = {
+        "address": plan.asked.address,
+        "model_id": plan.asked.model_id,
+        "version": plan.asked.version,
+        "checkpoint": plan.trained.folder.url,
+        "digest": plan.trained.digest,
+    }
     if not plan.out.create(CLAIM, json.dumps({**identity(plan), "asked": asked}, indent=1).encode()):
         check_claim(plan)
 
@@ -195,7 +203,7 @@ def check_claim(plan: SamplePlan) -> None:
             "same command again to go on with that"
         )
     for name in mine:
-        if mine[name] != theirs.get(name):
+        if mine[name] != theirs.get(name, LATER.get(name)):
             raise ConfigurationError(
                 f"{plan.out.url} holds other samples: their {name} is {theirs.get(name)}, this job's is {mine[name]}; "
                 "give another --out, or delete that folder"

@@ -1,5 +1,6 @@
 """The record of a sampling job: a run of its own in MLflow, linked to the run that trained the network."""
 
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -10,12 +11,13 @@ from pathlib import Path
 from pipelines import run_folder
 from pipelines.entries import ModelInput
 from pipelines.lineage import ray_job
-from pipelines.mlflow_door import check_trusted
 from pipelines.plain import flatten, to_dict, to_yaml
 from pipelines.sample_config import SampleJob
 from pipelines.sample_plan import SamplePlan, identity
 from pipelines.storage import Folder
 from pipelines.tracking import Tracker, ending, open_tracker
+
+log = logging.getLogger("brickyard.sampling")
 
 
 @contextmanager
@@ -25,13 +27,15 @@ def recorded(job: SampleJob, plan: SamplePlan) -> Iterator[Tracker]:
     Args:
         job: the job.
         plan: what it draws.
-
-    Raises:
-        ConfigurationError: if the training was recorded where the environment's password is not known to belong.
     """
-    uri = job.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or plan.lineage["tracking_uri"] or "none"
-    if uri == plan.lineage["tracking_uri"]:
-        check_trusted(uri)
+    trained_at = plan.lineage["tracking_uri"]
+    uri = job.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not uri:
+        # What a checkpoint says of itself may be a stranger's word: nothing is sent, or made, where it points to.
+        is_here = trained_at.startswith("sqlite:///") and Path(trained_at.removeprefix("sqlite:///")).exists()
+        uri = trained_at if is_here else "none"
+        if uri != trained_at:
+            log.info("not on record; to have it where the training is, set MLFLOW_TRACKING_URI=%s", trained_at)
     if uri == "none":
         yield Tracker()
         return

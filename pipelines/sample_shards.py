@@ -32,7 +32,7 @@ def shard_name(shard: int) -> str:
 
 def write(
     out: Folder, shard: int, seeds: range, labels: list[int], names: list[str], pixels: Pixels, lineage: dict[str, Any],
-    also: tuple[Form, ...],
+    also: tuple[Form, ...], anew: bool = False,
 ) -> None:  # fmt: skip
     """Write a shard in each form.
 
@@ -45,18 +45,11 @@ def write(
         pixels: uint8 [n, H, W, C].
         lineage: what the samples come from.
         also: the forms beside Parquet.
+        anew: over one that is there. Otherwise that stays, since whoever wrote it may have finished the set.
     """
     images = [encode(picture, "png") for picture in pixels]
-    if also:  # a picture that goes its own way says where it comes from
-        stamped_images = [
-            stamped(image, {**lineage, "seed": seed, "label": label})
-            for seed, label, image in zip(seeds, labels, images, strict=True)
-        ]
-    if "png" in also:
-        for seed, image in zip(seeds, stamped_images, strict=True):
-            out.put(png_name(shard, seed), image)
-    if "tar" in also:
-        out.put(tar_name(shard), _tar(seeds, labels, names, stamped_images))
+    for name, data in _beside(shard, list(seeds), labels, names, images, lineage, also).items():
+        out.put(name, data)
     table = pa.table(
         {
             "seed": pa.array(seeds, pa.int64()),
@@ -66,7 +59,23 @@ def write(
     ).replace_schema_metadata({"brickyard": json.dumps(lineage)})
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="none")  # PNG is compressed
-    out.put(shard_name(shard), buffer.getvalue())
+    if anew:
+        out.put(shard_name(shard), buffer.getvalue())
+    else:
+        out.create(shard_name(shard), buffer.getvalue())
+
+
+def _beside(
+    shard: int, seeds: list[int], labels: list[int], names: list[str], images: list[bytes], lineage: dict[str, Any],
+    also: tuple[Form, ...],
+) -> dict[str, bytes]:  # fmt: skip
+    """Return the files of a shard beside Parquet, by name. A picture that goes its own way says where it comes from."""
+    if not also:
+        return {}
+    several = list(zip(seeds, labels, images, strict=True))
+    own = [stamped(image, {**lineage, "seed": seed, "label": label}) for seed, label, image in several]
+    files = {png_name(shard, seed): image for seed, image in zip(seeds, own, strict=True)} if "png" in also else {}
+    return files | ({tar_name(shard): _tar(seeds, labels, names, own)} if "tar" in also else {})
 
 
 def tar_name(shard: int) -> str:
@@ -79,7 +88,7 @@ def png_name(shard: int, seed: int) -> str:
     return f"png/part-{shard:06d}/{seed:012d}.png"
 
 
-def _tar(seeds: range, labels: list[int], names: list[str], images: list[bytes]) -> bytes:
+def _tar(seeds: list[int], labels: list[int], names: list[str], images: list[bytes]) -> bytes:
     """Return a tar whose bytes are a function of what is in it."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
@@ -95,8 +104,10 @@ def _tar(seeds: range, labels: list[int], names: list[str], images: list[bytes])
     return buffer.getvalue()
 
 
-def check(out: Folder, shard: int, seeds: range, shape: tuple[int, int, int], also: tuple[Form, ...]) -> dict[str, Any]:
-    """Read a shard back, each picture of it.
+def check(
+    out: Folder, shard: int, seeds: range, shape: tuple[int, int, int], also: tuple[Form, ...], names: list[str]
+) -> dict[str, Any]:
+    """Read a shard back in each form: every picture of it.
 
     Args:
         out: the folder of the samples.
@@ -104,9 +115,10 @@ def check(out: Folder, shard: int, seeds: range, shape: tuple[int, int, int], al
         seeds: those that it must hold.
         shape: of its pictures, [C, H, W].
         also: the forms beside Parquet.
+        names: of the labels.
 
     Returns:
-        Its name, how many images, and the sha256 of each of its files but the single pictures.
+        Its name, how many images, and the sha256 of the Parquet file, of which the others are functions.
 
     Raises:
         DamagedShardError: if it is not what it must be.
@@ -114,24 +126,27 @@ def check(out: Folder, shard: int, seeds: range, shape: tuple[int, int, int], al
     name = shard_name(shard)
     data = _present(out, name)
     try:
-        table = pq.read_table(io.BytesIO(data), columns=["seed", "image"])
-    except pa.ArrowException as error:
+        table = pq.read_table(io.BytesIO(data), columns=["seed", "label", "image"])
+        found, labels = table["seed"].to_pylist(), table["label"].to_pylist()
+        images, lineage = table["image"].to_pylist(), json.loads(table.schema.metadata[b"brickyard"])
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise DamagedShardError(f"{out.url}/{name} is damaged: {error}") from error
-    if table["seed"].to_pylist() != list(seeds):
+    if found != list(seeds):
         raise DamagedShardError(f"{out.url}/{name} does not hold the seeds that it must")
     channels, height, width = shape
     try:
-        decode(table["image"].to_pylist(), "png", (height, width, channels))
-    except (BadImageError, ValueError) as error:
+        decode(images, "png", (height, width, channels))
+        beside = _beside(shard, found, labels, names, images, lineage, also)
+    except (BadImageError, DataError, ValueError, TypeError, IndexError) as error:
         raise DamagedShardError(f"{out.url}/{name} holds a picture that is none: {error}") from error
-    found = {"name": name, "images": len(seeds), "sha256": hashlib.sha256(data).hexdigest()}
-    if "tar" in also:
-        found["tar_sha256"] = hashlib.sha256(_present(out, tar_name(shard))).hexdigest()
-    if "png" in also:
-        wanted = {png_name(shard, seed).rpartition("/")[2] for seed in seeds}
-        if missing := wanted - set((out / png_name(shard, 0).rpartition("/")[0]).names()):
-            raise DamagedShardError(f"{out.url}/{png_name(shard, 0).rpartition('/')[0]} lacks {min(missing)}")
-    return found
+    try:
+        there = out.get_many(list(beside))
+    except DataError as error:
+        raise DamagedShardError(str(error)) from error
+    for (other, expected), content in zip(beside.items(), there, strict=True):
+        if content != expected:
+            raise DamagedShardError(f"{out.url}/{other} does not hold what {name} does")
+    return {"name": name, "images": len(seeds), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def _present(out: Folder, name: str) -> bytes:

@@ -23,7 +23,7 @@ from ray.data import ActorPoolStrategy
 from pipelines import sample_shards
 from pipelines.cluster import cluster
 from pipelines.draw_shard import DrawShard
-from pipelines.errors import DataError
+from pipelines.errors import BrickyardError, DataError
 from pipelines.firing import Slot, due, fire
 from pipelines.fit import pixels_to_x_0
 from pipelines.images import Pixels, encode
@@ -46,21 +46,21 @@ ROUNDS = 3
 """Of drawing what is missing or damaged, after which storage is not to be trusted."""
 FEW = 8
 """Shards that are read back here; more of them by tasks."""
-AGAIN = "delete that file and run the sampling job again"
+AGAIN = f"delete that file and {SUCCESS}, and run the sampling job again"
 
 log = logging.getLogger("brickyard.sampling")
 
 
 def draw_samples(
     plan: SamplePlan,
-    check: Callable[[], None] = lambda: None,
+    slot: Slot | None = None,
     record: Callable[[], AbstractContextManager[Tracker]] = lambda: nullcontext(Tracker()),
 ) -> dict[str, Any]:
     """Write every shard that is missing, read all of them back, then write the pictures, the manifest and ``_SUCCESS``.
 
     Args:
         plan: what to draw.
-        check: is called between shards, and before the last files: it raises if this job is to write no more.
+        slot: of a schedule, if this is a firing: it is asked before each commit.
         record: opens the record of the job, if there is something to do.
 
     Returns:
@@ -69,7 +69,8 @@ def draw_samples(
     Raises:
         ConfigurationError: if the folder holds other samples.
         DataError: if storage refuses, or does not keep what is written.
-        TryAgainError: if another job has just begun there with a newer network, or if ``check`` says so.
+        TryAgainError: if another job has just begun there with a newer network, or if the slot is not
+            this job's any more.
     """
     out, began = plan.out, time.perf_counter()
     claim(plan)
@@ -78,7 +79,7 @@ def draw_samples(
     summary = {"samples": out.url, "images": len(plan.seeds), "drawn_now": 0}
     if missing or SUCCESS not in present:
         with record() as tracker:
-            drawn = _draw_and_finish(plan, missing, check, tracker)
+            drawn = _draw_and_finish(plan, missing, slot, tracker)
             seconds = time.perf_counter() - began
             rates = {"images_per_s": drawn / seconds, "seconds_per_image": seconds / drawn} if drawn else {}
             tracker.metrics({**rates, "seconds": seconds, "drawn_now": drawn}, len(plan.seeds))
@@ -92,14 +93,17 @@ def draw_samples(
     }
 
 
-def _draw_and_finish(plan: SamplePlan, missing: list[int], check: Callable[[], None], tracker: Tracker) -> int:
+def _draw_and_finish(plan: SamplePlan, missing: list[int], slot: Slot | None, tracker: Tracker) -> int:
     """Draw what is missing, read everything back, draw what is damaged, and finish. Return how many were drawn."""
     log.info("sample: %d seeds in %d shards, %d to draw", len(plan.seeds), plan.shards, len(missing))
     drawn, files = 0, dict[int, dict[str, Any]]()
-    read = ReadBack(plan.out, plan.seeds, plan.draw.shard_images, plan.trained.checkpoint.shape, plan.also)
+    check = slot.check if slot else lambda: None
+    read = ReadBack(
+        plan.out, plan.seeds, plan.draw.shard_images, plan.trained.checkpoint.shape, plan.also, plan.trained.labels
+    )
     with cluster():
         for attempt in range(ROUNDS):
-            drawn += _draw(plan, missing, attempt > 0, check)
+            drawn += _draw(plan, missing, attempt > 0, slot)
             missing = []
             for shard, found in _read_back(read, [shard for shard in range(plan.shards) if shard not in files]):
                 if isinstance(found, str):
@@ -111,12 +115,11 @@ def _draw_and_finish(plan: SamplePlan, missing: list[int], check: Callable[[], N
                 break
         else:
             raise DataError(f"{plan.out.url} does not keep what is written there: {len(missing)} shards are damaged")
-        check()
-        _finish(plan, [files[shard] for shard in range(plan.shards)], tracker)
+        _finish(plan, [files[shard] for shard in range(plan.shards)], check, tracker)
     return drawn
 
 
-def _draw(plan: SamplePlan, shards: list[int], anew: bool, check: Callable[[], None]) -> int:
+def _draw(plan: SamplePlan, shards: list[int], anew: bool, slot: Slot | None) -> int:
     """Draw shards, those that are there too if ``anew``; return how many images."""
     if not shards:
         return 0
@@ -126,7 +129,7 @@ def _draw(plan: SamplePlan, shards: list[int], anew: bool, check: Callable[[], N
         [{"id": shard} for shard in shards], override_num_blocks=-(-len(shards) // together)
     ).map_batches(
         DrawShard,
-        fn_constructor_args=(plan, anew),
+        fn_constructor_args=(plan, anew, slot.fence if slot else None),
         batch_size=together,
         compute=ActorPoolStrategy(min_size=1, max_size=actors, initial_size=actors),
         num_gpus=1 if plan.draw.use_gpu else 0,
@@ -134,7 +137,8 @@ def _draw(plan: SamplePlan, shards: list[int], anew: bool, check: Callable[[], N
     progress = SampleProgress(sum(len(plan.shard_seeds(shard)) for shard in shards))
     drawn = 0
     for row in dataset.iter_rows():
-        check()
+        if slot:
+            slot.check()
         drawn += row["images"]
         progress.update(row["images"])
     return drawn
@@ -149,12 +153,13 @@ class ReadBack:
     shard_images: int
     shape: tuple[int, int, int]
     also: tuple[Form, ...]
+    labels: list[str]
 
     def __call__(self, row: dict[str, int]) -> dict[str, Any]:
         shard = row["id"]
         seeds = self.seeds[shard * self.shard_images : (shard + 1) * self.shard_images]
         try:
-            found = sample_shards.check(self.out, shard, seeds, self.shape, self.also)
+            found = sample_shards.check(self.out, shard, seeds, self.shape, self.also, self.labels)
         except DamagedShardError as error:
             return {"shard": shard, "found": "", "wrong": str(error)}
         return {"shard": shard, "found": json.dumps(found), "wrong": ""}
@@ -168,7 +173,8 @@ def _read_back(read: ReadBack, shards: list[int]) -> Iterator[tuple[int, dict[st
         yield row["shard"], row["wrong"] or json.loads(row["found"])
 
 
-def _finish(plan: SamplePlan, files: list[dict[str, Any]], tracker: Tracker) -> None:
+def _finish(plan: SamplePlan, files: list[dict[str, Any]], check: Callable[[], None], tracker: Tracker) -> None:
+    check()
     out = plan.out
     first = sample_shards.read_samples(out, [sample_shards.shard_name(0)], plan.trained.checkpoint.shape)[:SHEET_IMAGES]
     sheet = contact_sheet(first)
@@ -178,7 +184,7 @@ def _finish(plan: SamplePlan, files: list[dict[str, Any]], tracker: Tracker) -> 
         strip_of_one = encode(draw_strip(plan), "png")
         out.put(STRIP, strip_of_one)
         tracker.file(STRIP, strip_of_one)
-    except DataError as error:
+    except BrickyardError as error:
         log.warning("no strip, since the training data cannot be read: %s", error)
     about = {
         "seeds": [plan.seeds.start, plan.seeds.stop - 1],
@@ -191,6 +197,7 @@ def _finish(plan: SamplePlan, files: list[dict[str, Any]], tracker: Tracker) -> 
         "files": files,
     }
     tracker.file("lineage.json", json.dumps(plan.lineage, indent=1).encode())
+    check()
     out.put(MANIFEST, json.dumps(about, indent=1).encode())
     out.put(SUCCESS, b"")
 
@@ -220,7 +227,8 @@ def verify(folder: Folder) -> dict[str, Any]:
     first, last = about["seeds"]
     files, seeds = about["files"], range(first, last + 1)
     per_shard = about.get("shard_images", files[0]["images"])
-    read = ReadBack(folder, seeds, per_shard, tuple(about["shape"]), tuple(about.get("also", ())))
+    also, labels = tuple(about.get("also", ())), about.get("labels", [])
+    read = ReadBack(folder, seeds, per_shard, tuple(about["shape"]), also, labels)
     if len(files) * per_shard < len(seeds) or sum(file["images"] for file in files) != len(seeds):
         raise DataError(f"{folder.url} does not hold each seed of {first}-{last} once; {AGAIN}")
     with cluster() if len(files) > FEW else nullcontext():
@@ -249,7 +257,7 @@ def _sample_slot(job: SampleJob, slot: Slot) -> dict[str, Any]:
         job, out=slot.folder.url, seeds=f"{seeds.start}-{seeds.stop - 1}", firing=replace(job.firing, slot=slot.id)
     )
     plan = plan_samples(mine)
-    summary = draw_samples(plan, slot.check, partial(recorded, mine, plan))
+    summary = draw_samples(plan, slot, partial(recorded, mine, plan))
     slot.links.update({name: str(summary[name]) for name in ("see", "contact_sheet") if name in summary})
     return summary
 
@@ -257,7 +265,10 @@ def _sample_slot(job: SampleJob, slot: Slot) -> dict[str, Any]:
 def dry_run(job: SampleJob) -> dict[str, Any]:
     """Return what the job would do, having verified the checkpoint and changed nothing."""
     if job.firing.slot:
-        return {"dry_run": True, "slots": due(job.firing, Folder(job.out))}
+        slots = due(job.firing, Folder(job.out))
+        with tempfile.TemporaryDirectory() as temporary:
+            plan = plan_samples(replace(job, out=f"{temporary}/out"), keep=Folder(temporary))
+        return {"dry_run": True, "slots": slots, "images": len(plan.seeds), "lineage": plan.lineage}
     with tempfile.TemporaryDirectory() as temporary:
         plan = plan_samples(job, keep=Folder(temporary))
     present = set(plan.out.names())

@@ -48,8 +48,10 @@ class Side:
 
     def __init__(self, pictures: Pictures, labels: list[str]) -> None:
         self.pictures, self.labels = pictures, labels
-        self.tenths: list[list[Moments]] = []
-        """The moments of each group of parts: of all pictures, or first of those without label, then of each label."""
+        self.tenths: list[Moments] = []
+        """The moments of each group of parts."""
+        self.by_label: list[Moments] = []
+        """Those over all groups: of all pictures, or first of those without label, then of each label."""
         self.kept = Kept()
 
     def measure(self, job: ScoreJob, groups: int, moments: bool) -> None:
@@ -62,29 +64,21 @@ class Side:
             keep=job.needs_pairs,
             pairs_images=job.pairs_images,
         )
-        self.tenths = []
+        self.tenths, self.by_label = [], []
         for number, part in enumerate(what):
             self.kept.add(number, part.features)
+            if not part.moments:
+                continue
             if number < groups:
-                self.tenths.append(part.moments)
+                self.tenths.append(merged(part.moments))
             else:
-                self.tenths[number % groups] = _added(self.tenths[number % groups], part.moments)
-
-    @property
-    def by_label(self) -> list[Moments]:
-        """The moments over all groups."""
-        total = self.tenths[0]
-        for tenth in self.tenths[1:]:
-            total = _added(total, tenth)
-        return total
+                self.tenths[number % groups] += merged(part.moments)
+            several = zip(self.by_label or part.moments, part.moments, strict=True)
+            self.by_label = [a + b for a, b in several] if self.by_label else part.moments
 
     def without(self, tenth: int) -> Moments:
         """The moments of all pictures but those of a group."""
-        return merged(chain.from_iterable(several for i, several in enumerate(self.tenths) if i != tenth))
-
-
-def _added(a: list[Moments], b: list[Moments]) -> list[Moments]:
-    return [one + other for one, other in zip(a, b, strict=True)]
+        return merged(several for i, several in enumerate(self.tenths) if i != tenth)
 
 
 def score(job: ScoreJob) -> dict[str, Any]:
@@ -140,7 +134,8 @@ def _facts(job: ScoreJob, pair: Pair) -> dict[str, Any]:
         "same_data_as_trained_on": pair.reference.digest == lineage.get("data_digest"),
         "side": pair.samples.shape[0],
         "lineage": lineage,
-        "sampling_run": pair.samples.sampling_run,
+        "reference_is_data": isinstance(pair.reference, DataPictures),
+        "drawn_by": pair.samples.drawn_by,
     }
 
 
@@ -204,25 +199,40 @@ def score_job(job: ScoreJob) -> dict[str, Any]:
         TryAgainError: if the network was to be promoted, and MLflow does not answer.
     """
     result = score(job)
-    lineage, sampling_run = result["lineage"], result.pop("sampling_run")
-    if not lineage:
+    lineage, drawn_by = result["lineage"], result.pop("drawn_by")
+    if not (lineage and result["reference_is_data"]):
         if job.promote:
-            raise ConfigurationError(f"promote is {job.promote!r}; {job.samples} is a data set, which no network drew")
+            raise ConfigurationError(
+                f"promote is {job.promote!r}; a champion is the network of samples that are held against data, and "
+                f"{result['reference'] if lineage else result['samples']} is {'no data' if lineage else 'no samples'}"
+            )
+        log.info("the scores are not recorded: they hold no samples against data")
         return result | {"recorded": False}
-    uri = job.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or lineage["tracking_uri"]
-    if uri == lineage["tracking_uri"]:
-        check_trusted(uri)
-    values = {
-        name + job.features.suffix: result[name] for name in VALUES if name in result and np.isfinite(result[name])
-    }
-    runs = [lineage["tracking_run"], sampling_run]
-    recorded = [record_score(uri, run, name, value, lineage) for run in runs if run for name, value in values.items()]
+    chosen = job.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    measured_on = lineage | {"data_digest": result["reference_digest"], "data_url": result["reference"]}
+    recorded = []
+    for uri, run in ((lineage["tracking_uri"], lineage["tracking_run"]), drawn_by):
+        if run:
+            if not chosen:
+                check_trusted(uri)
+            values = _named(job, result).items()
+            recorded += [record_score(chosen or uri, run, name, value, measured_on) for name, value in values]
     result |= {"recorded": bool(recorded) and all(recorded)}
     if job.promote:
-        verdict = promote(uri, lineage["tracking_run"], job.promote, result, METRIC)
+        verdict = promote(chosen or lineage["tracking_uri"], lineage["tracking_run"], job.promote, result, METRIC)
         log.info("%s", verdict["why"])
         result |= verdict
     return result
+
+
+def _named(job: ScoreJob, result: dict[str, Any]) -> dict[str, float]:
+    """Return what was measured by the names that it has on record: of other features, or against other data, others."""
+    against = "" if result["same_data_as_trained_on"] else f"_against_{result['reference_digest'][:8]}"
+    return {
+        name + job.features.suffix + against: result[name]
+        for name in VALUES
+        if name in result and np.isfinite(result[name])
+    }
 
 
 def dry_run(job: ScoreJob) -> dict[str, Any]:
@@ -230,7 +240,7 @@ def dry_run(job: ScoreJob) -> dict[str, Any]:
     pair = _pair(job)
     labels = pair.labels if job.per_class else []
     facts = _facts(job, pair)
-    del facts["lineage"], facts["sampling_run"]
+    del facts["lineage"], facts["drawn_by"]
     return {"dry_run": True, "metrics": list(job.metrics), **facts} | ({"labels": labels} if labels else {})
 
 

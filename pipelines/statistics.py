@@ -2,7 +2,8 @@
 
 A set is cut into parts. Each task turns one into the moments of its features, of all or by label, and, where every
 picture is to be held against every other, into the features themselves. The driver adds the moments up in order, so
-that the sums round the same each time; it and each task hold a few tables of D × D, however many pictures there are.
+that the sums round the same each time; it and each task hold some tables of D × D, one for each label and each group
+of parts, however many pictures there are.
 """
 
 import logging

@@ -154,7 +154,8 @@ def test_the_pod_may_do_nothing_but_submit() -> None:
     spec = yaml.safe_load(CRONJOB.read_text())["spec"]
     pod, said = spec["jobTemplate"]["spec"]["template"]["spec"], container()
     assert spec["concurrencyPolicy"] == "Forbid" and spec["startingDeadlineSeconds"] > 0
-    assert spec["jobTemplate"]["spec"]["backoffLimit"] >= 1 and pod["restartPolicy"] == "Never"
+    assert spec["jobTemplate"]["spec"]["backoffLimit"] == 0, "another pod would submit another job"
+    assert pod["restartPolicy"] == "Never"
     assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] > 0
     assert not pod["automountServiceAccountToken"]
     assert said["securityContext"] == {

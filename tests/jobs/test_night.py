@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pipelines.score_config import ScoreJob
 from ray.cluster_utils import Cluster
 
 from jobs.presets import DIGITS
@@ -22,6 +21,7 @@ from pipelines.ingest_plan import IngestConfig, IngestPlan
 from pipelines.lineage import Trained
 from pipelines.results import export, record_results
 from pipelines.sampling import SUCCESS, verify
+from pipelines.score_config import ScoreJob
 from pipelines.scoring import score_job
 from pipelines.slots import folder_name, slot_id
 from pipelines.storage import Folder
@@ -142,7 +142,8 @@ def test_nights(yard: Yard, fire: Callable[[datetime], subprocess.Popen[str]], t
 
     seeds: set[int] = set()
     server = client(yard.server)
-    runs = server.search_runs([server.get_experiment_by_name("brickyard-samples").experiment_id])
+    found = server.search_runs([server.get_experiment_by_name("brickyard-samples").experiment_id])
+    runs = [run for run in found if run.data.tags["brickyard.samples"].startswith(yard.out.url)]
     by_slot = {run.data.tags["brickyard.slot"]: run for run in runs}
     assert sorted(by_slot) == [first, second, third] and len(runs) == 3, "one run for each slot, whoever worked on it"
     for night, folder in zip(NIGHTS, folders, strict=True):

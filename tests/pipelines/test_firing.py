@@ -20,7 +20,7 @@ from pipelines.errors import ConfigurationError, DamagedError, DataError, TryAga
 from pipelines.firing import Slot, due, fire
 from pipelines.firing_config import FiringConfig
 from pipelines.lease import hold
-from pipelines.slots import shifted
+from pipelines.slots import folder_name, shifted
 from pipelines.storage import Folder
 from tests.faults.proxy import FaultProxy, Rule
 from tests.processes import CODE, without_ray
@@ -186,6 +186,22 @@ def test_links_of_the_work_are_in_the_alert(tmp_path: Path, hook: Webhook) -> No
     with pytest.raises(DataError):
         fire(nightly(20), Folder(str(tmp_path)), work, on(20))
     assert hook.got[0]["links"]["mlflow"] == "http://mlflow/run"
+
+
+def test_a_slot_that_there_was_no_time_left_for_is_told(tmp_path: Path, hook: Webhook) -> None:
+    """The one before was caught up with, and the deadline came at its end."""
+    out = Folder(str(tmp_path))
+    (out / folder_name(on(19))).put("part-0", b"begun")
+
+    def slow(slot: Slot) -> dict[str, Any]:
+        slot.folder.put("_SUCCESS", b"")
+        time.sleep(1.1)
+        return {}
+
+    with pytest.raises(TryAgainError, match=f"slot {named(20)}: there was no time left for it; its deadline is 1 s"):
+        fire(nightly(20, deadline_s=1.0), out, slow, on(20))
+    assert (out / folder_name(on(19))).exists("_SUCCESS") and not (out / folder_name(on(20))).exists("_SUCCESS")
+    assert [(one["slot"], one["state"]) for one in hook.got] == [(named(20), "failed")]
 
 
 def test_an_interrupt_ends_it_at_once_and_frees_the_lease(tmp_path: Path, hook: Webhook) -> None:
@@ -377,6 +393,7 @@ def test_sigterm_is_an_interrupt_and_the_next_one_need_not_wait(night: Callable[
     first.step(0)
     first.process.send_signal(signal.SIGTERM)
     assert first.end() == {"error": "interrupted", "exit_code": 130}
+    assert json.loads(first.folder.get("firing.json"))["state"] == "interrupted"
     assert ends(night()) == (0, "done", [1, 2])
 
 

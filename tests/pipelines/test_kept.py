@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,6 +94,17 @@ def test_a_disk_that_takes_nothing_costs_nothing_but_the_fetching(remote: Folder
     home.rmdir()
     home.write_text("in the way")
     assert kept(remote, "d", 1).get_range("shard-0.parquet", 3, 30) == DATA[3:30]
+
+
+def test_a_folder_that_others_may_write_is_neither_read_nor_written(remote: Folder, home: Path) -> None:
+    kept(remote, "d", 1).get_range("shard-0.parquet", 0, 10)
+    (file,) = files(home)
+    forged = b"forged....."[:10]
+    file.write_bytes(forged + zlib.crc32(forged).to_bytes(4, "big"))
+    assert kept(remote, "d", 1).get_range("shard-0.parquet", 0, 10) == forged, "this is how it would be"
+    file.parent.parent.chmod(0o777)
+    assert kept(remote, "d", 1).get_range("shard-0.parquet", 0, 10) == DATA[:10]
+    assert file.read_bytes().startswith(forged)
 
 
 def test_several_processes_keep_one_copy(remote: Folder, home: Path) -> None:

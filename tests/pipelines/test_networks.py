@@ -82,6 +82,41 @@ def test_what_retention_has_deleted_is_taken_from_mlflow(run: Run, mlflow_on_sql
     assert Path(asked.trained.folder.path()).is_relative_to(tmp_path / "out"), "actors on other nodes read it there"
 
 
+def test_half_a_copy_is_made_whole(run: Run, mlflow_on_sqlite: str, tmp_path: Path) -> None:
+    """A job was killed while it copied; what says what the copy is comes last."""
+    out, moved = Folder(str(tmp_path / "out")), tmp_path / "moved"
+    shutil.move(run.trained.folder.path(), moved)
+    try:
+        whole = networks.find("models:/net/1", mlflow_on_sqlite, out).trained.folder
+        written = [Path(whole.path(name)).stat().st_mtime_ns for name in ("ema.safetensors", "config.json")]
+        assert written[0] < written[1]
+        Path(whole.path("config.json")).unlink()
+        whole.put("ema.safetensors", b"half")
+        again = networks.find("models:/net/1", mlflow_on_sqlite, out).trained
+    finally:
+        shutil.move(moved, run.trained.folder.path())
+    assert same_weights(again, run.trained)
+
+
+def test_the_newest_checkpoint_is_the_one_that_a_folder_was_begun_with(tmp_path: Path) -> None:
+    """The run trains on meanwhile; where that checkpoint is gone, the folder is refused and not mixed."""
+    home = committed(Folder(str(tmp_path / "run")), classes=0)
+    begun = Trained.find(home.url)
+    job = SampleJob(checkpoint=home.url, out=str(tmp_path / "out"), tracking=TrackingConfig(uri="none"))
+    claim(plan_samples(job))
+    later = committed(Folder(str(tmp_path / "later")), classes=0, seed=1)
+    shutil.move(Trained.find(later.url).folder.path(), (home / "checkpoint-000000000256").path())
+    manifest = Path((home / "checkpoint-000000000256").path("manifest.json"))
+    manifest.write_text(manifest.read_text().replace('"position": 128', '"position": 256'))
+    assert Trained.find(home.url).digest != begun.digest
+    again = plan_samples(job)
+    assert again.trained.digest == begun.digest
+    claim(again)
+    shutil.rmtree(begun.folder.path())
+    with pytest.raises(ConfigurationError, match="holds other samples: their checkpoint_digest"):
+        claim(plan_samples(job))
+
+
 def test_what_an_alias_means_when_a_folder_is_begun_is_what_it_is_finished_with(
     run: Run, client: Any, mlflow_on_sqlite: str, tmp_path: Path
 ) -> None:

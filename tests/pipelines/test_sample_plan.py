@@ -1,7 +1,9 @@
 """What a sample depends on: its label, the sampler's settings, and nothing that is not on record."""
 
 import io
+import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.presets import DIGITS
+from pipelines import sample_shards
 from pipelines.config import TrainJob
 from pipelines.draw_config import DrawConfig
 from pipelines.draw_shard import DrawShard
-from pipelines.errors import ConfigurationError, DataError
+from pipelines.errors import ConfigurationError, DataError, TryAgainError
 from pipelines.images import decode
+from pipelines.lease import Fence
 from pipelines.sample_config import SampleJob
-from pipelines.sample_plan import WHAT_A_SAMPLE_DEPENDS_ON, SamplePlan, check_claim, identity, plan_samples
+from pipelines.sample_plan import WHAT_A_SAMPLE_DEPENDS_ON, SamplePlan, check_claim, claim, identity, plan_samples
+from pipelines.sample_record import recorded
 from pipelines.storage import Folder
 from tests.pipelines.committed import committed
 
@@ -215,3 +220,77 @@ def test_a_table_that_does_not_say_it_is_refused(
 def test_a_label_is_said_once() -> None:
     with pytest.raises(ConfigurationError, match=r"labels is .*t\.csv and draw\.label 'a'; .* leave out one of them"):
         SampleJob(out="o", checkpoint="c", labels="/t.csv", draw=replace(DRAW, label="a"))
+
+
+def test_a_folder_is_finished_as_it_was_begun(run: Folder, tmp_path: Path) -> None:
+    """With the table of its labels or without one, in the forms that it has."""
+    job = SampleJob(checkpoint=run.url, out=str(tmp_path / "out"), seeds="7-16", draw=DRAW)
+    others = [
+        replace(job, labels=table(tmp_path, "seed,label", *(f"{seed},a" for seed in range(7, 17)))),
+        replace(job, also=("tar",)),
+    ]
+    for other in others:
+        for first, second in ((job, other), (other, job)):
+            claim(plan_samples(first))
+            with pytest.raises(ConfigurationError, match=r"holds other samples: their (labels_digest|also) is"):
+                claim(plan_samples(second))
+            shutil.rmtree(tmp_path / "out")
+
+
+def test_whatever_bit_of_a_shard_flips_it_is_damaged(run: Folder, tmp_path: Path) -> None:
+    """Or it is as good as it was; but no error is of another kind."""
+    told = plan(run, tmp_path)
+    drawn(told)
+    whole, read = told.out.get("part-000000.parquet"), partial(sample_shards.check, told.out, 0, told.seeds)
+    shape, labels = told.trained.checkpoint.shape, told.trained.labels
+    sha256 = read(shape, (), labels)["sha256"]
+    damaged = 0
+    for bit in range(0, 8 * len(whole), 41):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        told.out.put("part-000000.parquet", bytes(flipped))
+        try:
+            assert read(shape, (), labels)["sha256"] != sha256
+        except sample_shards.DamagedShardError:
+            damaged += 1
+    assert damaged > 100
+
+
+def test_an_actor_whose_lease_is_gone_writes_nothing(run: Folder, tmp_path: Path) -> None:
+    told = plan(run, tmp_path)
+    for number in (1, 2):
+        (told.out / "lease").put(f"lease-{number:06d}.json", b"{}")
+    with pytest.raises(TryAgainError, match="another firing has taken the lease"):
+        list(DrawShard(told, fence=Fence(told.out / "lease", 1))({"id": np.array([0])}))
+    assert told.out.names() == ["lease"]
+    list(DrawShard(told, fence=Fence(told.out / "lease", 2))({"id": np.array([0])}))
+    assert told.out.names() == ["lease", "part-000000.parquet"]
+
+
+def test_a_shard_that_is_there_is_not_written_over(run: Folder, tmp_path: Path) -> None:
+    """Another job may have finished the set with it."""
+    told = plan(run, tmp_path)
+    drawn(told)
+    there = told.out.get("part-000000.parquet")
+    later = replace(told, lineage=told.lineage | {"git_revision": "another"})
+    for shard_is_seen in (True, False):
+        actor = DrawShard(later)
+        if not shard_is_seen:
+            actor._write(0, later.shard_seeds(0), np.zeros((10, 8, 8, 1), np.uint8), 0.0)
+        list(actor({"id": np.array([0])}))
+        assert told.out.get("part-000000.parquet") == there
+    list(DrawShard(later, anew=True)({"id": np.array([0])}))
+    assert told.out.get("part-000000.parquet") != there
+
+
+def test_a_stranger_does_not_say_where_a_job_is_recorded(
+    run: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    told = plan(run, tmp_path / "out")
+    job = SampleJob(checkpoint=run.url, out=told.out.url)
+    for uri in (f"sqlite:///{tmp_path}/made/up.db", "http://127.0.0.1:9"):
+        there = replace(told, lineage=told.lineage | {"tracking_uri": uri})
+        with recorded(job, there) as tracker:
+            assert not tracker.run_id
+    assert not (tmp_path / "made").exists()

@@ -168,8 +168,10 @@ def test_two_sets_of_samples_and_two_data_sets_are_compared_too(root: Folder, fo
     assert other["seeds"] == [] and other["lineage"] == {} and not other["recorded"]
     same = score_job(ScoreJob(samples=samples, reference=samples, cache=folder.url))
     assert abs(same["frechet_distance"]) < 1e-6 and same["reference_cached"]
-    with pytest.raises(ConfigurationError, match=r"promote is 'm'; .* is a data set, which no network drew"):
+    with pytest.raises(ConfigurationError, match=r"promote is 'm'; a champion is the network of samples .* no samples"):
         score_job(ScoreJob(samples=data, reference=samples, promote="m"))
+    with pytest.raises(ConfigurationError, match=r"promote is 'm'; a champion .* held against data, and .* is no data"):
+        score_job(ScoreJob(samples=samples, reference=samples, promote="m"))
 
 
 def test_some_pictures_of_each_set_may_stand_for_all(root: Folder) -> None:
@@ -201,13 +203,17 @@ def test_the_job_says_what_it_did_and_what_it_would_do(root: Folder, capsys: pyt
 def test_scores_are_recorded_by_the_names_of_their_features(
     root: Folder, folder: Folder, pixels: dict[str, Any]
 ) -> None:
-    """Two Fréchet distances by different features are no points of one curve."""
+    """Two Fréchet distances by different features, or from different data, are no points of one curve."""
     from mlflow import MlflowClient
 
     tracker = open_tracker(TrackingConfig(), folder, folder / "runs" / "digits", "digits", "an id of ours", {}, {})
     tracker.finish("FINISHED")
     uri = resolve_uri(TrackingConfig(), folder)
-    lineage = {"position": 300, "checkpoint_digest": "c", "tracking_uri": uri, "tracking_run": tracker.run_id}
+    digest = Manifest.load(root / "data").digest
+    lineage = {
+        "position": 300, "checkpoint_digest": "c", "tracking_uri": uri, "tracking_run": tracker.run_id,
+        "data_digest": digest, "data_url": (root / "data").url,
+    }  # fmt: skip
     samples = write_samples(folder / "samples", pixels["samples"], draw={}, **lineage)
     buffer = io.BytesIO()
     torch.export.save(torch.export.export(Halves(), (torch.zeros(64, 1, 8, 8),)), buffer)
@@ -220,6 +226,13 @@ def test_scores_are_recorded_by_the_names_of_their_features(
     found = MlflowClient(tracking_uri=uri).get_run(tracker.tracker_id).data.metrics
     assert set(found) == {"frechet_distance", "kid", "frechet_distance_halves", "precision_halves", "recall_halves"}
     assert found["frechet_distance"] != found["frechet_distance_halves"]
+
+    other = write_data(folder / "other data", pixels["samples"])
+    assert score_job(ScoreJob(samples=samples.url, reference=(folder / "other data").url))["recorded"]
+    assert not score_job(ScoreJob(samples=samples.url, reference=samples.url))["recorded"]
+    now = MlflowClient(tracking_uri=uri).get_run(tracker.tracker_id).data.metrics
+    assert set(now) - set(found) == {f"frechet_distance_against_{other.digest[:8]}"}
+    assert {name: now[name] for name in found} == found
 
 
 @pytest.mark.parametrize(
