@@ -61,8 +61,8 @@ class DataPictures:
         return {}
 
     @property
-    def drawn_by(self) -> tuple[str, str]:
-        return "none", ""
+    def drawn_by(self) -> list[str]:
+        return ["none", ""]
 
     @property
     def seeds(self) -> list[int]:
@@ -120,10 +120,10 @@ class SamplePictures:
         return dict(self.about["lineage"])
 
     @property
-    def drawn_by(self) -> tuple[str, str]:
+    def drawn_by(self) -> list[str]:
         """The tracker of the run that drew them, and our own id of it; empty if none was recorded."""
         recorded = self.about.get("recorded", {})
-        return str(recorded.get("uri", "none")), str(recorded.get("run", ""))
+        return [str(recorded.get("uri", "none")), str(recorded.get("run", ""))]
 
     @property
     def seeds(self) -> list[int]:

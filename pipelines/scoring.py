@@ -211,7 +211,7 @@ def score_job(job: ScoreJob) -> dict[str, Any]:
     chosen = job.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
     measured_on = lineage | {"data_digest": result["reference_digest"], "data_url": result["reference"]}
     recorded = []
-    for uri, run in ((lineage["tracking_uri"], lineage["tracking_run"]), drawn_by):
+    for uri, run in ([lineage["tracking_uri"], lineage["tracking_run"]], drawn_by):
         if run:
             if not chosen:
                 check_trusted(uri)

@@ -10,6 +10,11 @@ from pathlib import Path
 CODE = Path(__file__).parents[1]
 
 
+def of_this_cluster() -> dict[str, str]:
+    """What a process needs to join a cluster that this one has started: its token, if Ray has made one up."""
+    return {name: value for name, value in os.environ.items() if name.startswith("RAY_AUTH")}
+
+
 def without_ray() -> dict[str, str]:
     """The environment, but for what Ray or MLflow have put into it."""
     return {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}

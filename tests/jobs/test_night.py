@@ -29,7 +29,7 @@ from pipelines.tracking import open_tracker
 from pipelines.tracking_config import TrackingConfig
 from tests.pipelines.committed import committed
 from tests.pipelines.states import TINY
-from tests.processes import CODE, kill, wait_for, without_ray
+from tests.processes import CODE, kill, of_this_cluster, wait_for, without_ray
 
 pytestmark = [
     pytest.mark.ray,
@@ -54,7 +54,7 @@ class Yard:
 
     def environment(self) -> dict[str, str]:
         secret = {name: os.environ[name] for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")}
-        return without_ray() | secret | {
+        return without_ray() | of_this_cluster() | secret | {
             "RAY_ADDRESS": self.address, "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": self.server,
         }  # fmt: skip
 

@@ -19,7 +19,7 @@ from pipelines.sample_config import SampleJob
 from pipelines.sample_plan import plan_samples
 from pipelines.storage import Folder
 from tests.pipelines.committed import committed
-from tests.processes import CODE, kill, of_session, wait_for, without_ray
+from tests.processes import CODE, kill, of_session, of_this_cluster, wait_for, without_ray
 
 pytestmark = pytest.mark.ray
 
@@ -69,7 +69,7 @@ def start(address: str, run: Folder, tmp_path: Path) -> Iterator[Callable[[], su
     def one() -> subprocess.Popen[str]:
         command = [sys.executable, "jobs/sample.py", f"--checkpoint={run.url}", f"--out={tmp_path / 'out'}", *FLAGS]
         log = (tmp_path / f"log-{len(started)}").open("w")
-        environment = without_ray() | {"RAY_ADDRESS": address, "OMP_NUM_THREADS": "1"}
+        environment = without_ray() | of_this_cluster() | {"RAY_ADDRESS": address, "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(
             command, cwd=CODE, env=environment, text=True, stdout=subprocess.PIPE, stderr=log, start_new_session=True
         )
