@@ -1,7 +1,6 @@
 """Sets of pictures that can be held against each other: data sets, and finished sets of samples."""
 
 import hashlib
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,14 +8,12 @@ from itertools import accumulate
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipelines.errors import ConfigurationError, DamagedError, DataError
-from pipelines.images import BadImageError, Pixels, View, decode
+from pipelines.errors import ConfigurationError, DataError
+from pipelines.images import Pixels, View
 from pipelines.manifest import Manifest
-from pipelines.sample_set import MANIFEST, SUCCESS
+from pipelines.sample_set import MANIFEST, SampleSet
 from pipelines.storage import Folder
 
 
@@ -86,12 +83,19 @@ class DataPictures:
 class SamplePictures:
     """The pictures of a finished set of samples."""
 
-    folder: Folder
-    about: dict[str, Any]
+    samples: SampleSet
+
+    @property
+    def folder(self) -> Folder:
+        return self.samples.folder
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return self.samples.about
 
     @property
     def n(self) -> int:
-        return sum(file["images"] for file in self.about["files"])
+        return self.samples.count
 
     @property
     def digest(self) -> str:
@@ -102,8 +106,7 @@ class SamplePictures:
     @property
     def shape(self) -> tuple[int, int, int]:
         """Height, width and channels."""
-        channels, height, width = self.about["shape"]
-        return height, width, channels
+        return self.samples.shape
 
     @property
     def labels(self) -> list[str]:
@@ -135,27 +138,20 @@ class SamplePictures:
         Raises:
             DamagedError: if a shard is missing, or is not what was written.
         """
-        several = [self._shard(*which) for which in self._files(start, stop)]
+        several = [self._shard(*which) for which in self._parts(start, stop)]
         image, label = (np.concatenate(column) for column in zip(*several, strict=True))
         return Found(image, label, np.arange(start, stop))
 
-    def _shard(self, file: dict[str, Any], rows: slice) -> tuple[Pixels, NDArray[np.int64]]:
-        data = self.folder.get(file["name"])
-        if hashlib.sha256(data).hexdigest() != file["sha256"]:
-            raise DamagedError(f"{self.folder.url}/{file['name']} is not what was written: draw the samples again")
-        try:
-            table = pq.read_table(io.BytesIO(data), columns=["image", "label"])[rows.start : rows.stop]
-            return decode(table["image"].to_pylist(), "png", self.shape), table["label"].to_numpy().astype(np.int64)
-        except (pa.ArrowException, BadImageError) as error:
-            raise DamagedError(f"{self.folder.url}/{file['name']} cannot be read: {error}") from error
+    def _shard(self, part: int, rows: slice) -> tuple[Pixels, NDArray[np.int64]]:
+        found = self.samples.read(part)
+        return self.samples.decoded(found.image[rows], self.samples.names[part]), found.label[rows]
 
-    def _files(self, start: int, stop: int) -> Iterator[tuple[dict[str, Any], slice]]:
-        """Yield the files that hold samples, and which of each are meant."""
-        ends = accumulate(file["images"] for file in self.about["files"])
-        for file, end in zip(self.about["files"], ends, strict=True):
-            first = end - file["images"]
+    def _parts(self, start: int, stop: int) -> Iterator[tuple[int, slice]]:
+        """Yield the shards that hold samples, and which of each are meant."""
+        for part, end in enumerate(accumulate(file["images"] for file in self.about["files"])):
+            first = end - self.about["files"][part]["images"]
             if first < stop and start < end:
-                yield file, slice(max(start - first, 0), stop - first)
+                yield part, slice(max(start - first, 0), stop - first)
 
 
 Pictures: TypeAlias = DataPictures | SamplePictures
@@ -230,9 +226,7 @@ def _open(folder: Folder) -> Manifest | SamplePictures:
         raise DataError(f"{folder.url}/{MANIFEST} cannot be read: {error}") from error
     if not is_of_samples:
         return Manifest.load(folder)
-    if not folder.exists(SUCCESS):
-        raise DataError(f"{folder.url} is no finished set of samples: it has no {SUCCESS}; run jobs/sample.py again")
-    return SamplePictures(folder, about)
+    return SamplePictures(SampleSet.find(folder))
 
 
 def _common_side(
