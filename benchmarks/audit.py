@@ -11,7 +11,6 @@ matrix product of the same size, and of scikit-learn's NearestNeighbors on a ten
 
 import os
 import shutil
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
 
-from benchmarks.loaders.tree import pss_bytes
+from benchmarks.loaders.tree import Watch, pss_bytes
 from pipelines.audit import audit_job
 from pipelines.audit_config import AuditJob
 from pipelines.cluster import cluster
@@ -65,24 +64,6 @@ def write_data(folder: Folder, images: NDArray[np.uint8]) -> Manifest:
     return manifest
 
 
-class Peak:
-    """The most that this process and all below it held."""
-
-    def __enter__(self) -> "Peak":
-        self.bytes, self._done = 0, threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _look(self) -> None:
-        while not self._done.wait(0.3):
-            self.bytes = max(self.bytes, pss_bytes(os.getpid()))
-
-
 def main(settings: Settings) -> None:
     shutil.rmtree(settings.folder, ignore_errors=True)
     root = Folder(str(settings.folder))
@@ -96,7 +77,7 @@ def main(settings: Settings) -> None:
     with cluster():
         audit_job(AuditJob(samples=write_samples(root / "warm", drawn[:500], lineage | {"checkpoint": ""}).url))
         idle = pss_bytes(os.getpid())
-        with Peak() as peak:
+        with Watch() as watch:
             began = time.perf_counter()
             told = audit_job(AuditJob(samples=(root / "samples").url))
             seconds = time.perf_counter() - began
@@ -104,7 +85,7 @@ def main(settings: Settings) -> None:
     others, theirs = told["of_control"]["n"], told["of_control"]["copies"]["count"]
     print(
         f"{settings.samples:,} samples and {others:,} others × {settings.images:,} images, k = {K}: {seconds:.1f} s, "
-        f"{peak.bytes / 1e6:,.0f} MB at the peak, {idle / 1e6:,.0f} MB of them before; "
+        f"{watch.peak / 1e6:,.0f} MB at the peak, {idle / 1e6:,.0f} MB of them before; "
         f"{found} copies of {copies} found, {theirs} in the control",
         flush=True,
     )

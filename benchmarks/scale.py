@@ -17,7 +17,6 @@ import dataclasses
 import itertools
 import math
 import os
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ import ray
 import tyro
 
 from benchmarks.common import spread
-from benchmarks.loaders.tree import pss_bytes
+from benchmarks.loaders.tree import Watch
 from pipelines.cluster import cluster
 from pipelines.config import DataConfig
 from pipelines.images import View
@@ -91,34 +90,16 @@ def pixels(settings: Settings, rows: int, name: str) -> tuple[Folder, Manifest]:
     return Folder(str(out)), manifest
 
 
-class Watch:
-    """Looks twice a second at what all processes hold, and at the object store."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[float, int, float]] = []
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
-
-    def __enter__(self) -> "Watch":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _look(self) -> None:
-        while not self._done.wait(0.5):
-            free = ray.available_resources().get("object_store_memory", 0.0)
-            held = ray.cluster_resources()["object_store_memory"] - free
-            self.seen.append((time.monotonic(), pss_bytes(os.getpid()), held))
+def object_store_bytes() -> float:
+    free = ray.available_resources().get("object_store_memory", 0.0)
+    return float(ray.cluster_resources()["object_store_memory"] - free)
 
 
 def memory(settings: Settings) -> None:
     folder, manifest = pixels(settings, LARGER * STORE_BYTES // IMAGE_BYTES, "pixels-large")
     read = stream(folder, manifest, 2 * manifest.rows, 2 * MICRO)
     quarters = [time.monotonic()]
-    with Watch() as watch:
+    with Watch(object_store_bytes) as watch:
         (shard,) = open_stream(read).streaming_split(1, equal=True)
         for batch in batches(shard, read.deal, 0, 1):
             if (batch.position[-1] + 1) * 4 // read.deal.stop > len(quarters) - 1:

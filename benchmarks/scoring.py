@@ -20,11 +20,9 @@ picture against every other.
 import hashlib
 import itertools
 import multiprocessing
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -32,7 +30,7 @@ import ray
 import tyro
 
 from benchmarks.common import spread
-from benchmarks.loaders.tree import pss_bytes
+from benchmarks.loaders.tree import Watch
 
 IMAGES, SIDE, PROGRAM = 50_000, 32, "network.pt2"
 
@@ -132,27 +130,6 @@ def extractor_alone(settings: Settings, features: dict[str, Any]) -> tuple[float
     return ended - began, ended - ready
 
 
-class Watch:
-    """Looks twice a second at what all processes hold."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[float, int]] = []
-        self._done = Event()
-        self._thread = Thread(target=self._look, daemon=True)
-
-    def __enter__(self) -> "Watch":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _look(self) -> None:
-        while not self._done.wait(0.5):
-            self.seen.append((time.monotonic(), pss_bytes(os.getpid())))
-
-
 def main() -> None:
     settings = tyro.cli(Settings, description=__doc__)
     from pipelines.cluster import cluster
@@ -190,14 +167,14 @@ def main() -> None:
             score(job("frechet"))
         quarters += [quarters[0] + (time.monotonic() - quarters[0]) * i / 4 for i in range(1, 5)]
         for i, (begin, end) in enumerate(itertools.pairwise(quarters)):
-            held = max((held for at, held in watch.seen if begin <= at < end), default=0)
+            held = max((held for at, held, _ in watch.seen if begin <= at < end), default=0)
             print(f"quarter {i + 1} of a score: all processes hold {held / 1e6:,.0f} MB", flush=True)
         for metrics in (("kid",), ("precision-recall", "density-coverage")) if settings.pairs else ():
             began = time.perf_counter()
             with Watch() as watch:
                 score(job(*metrics))
             print(f"{', '.join(metrics)}: {time.perf_counter() - began:.1f} s with the features of both sets, "
-                  f"{max(held for _, held in watch.seen) / 1e6:,.0f} MB at most", flush=True)  # fmt: skip
+                  f"{watch.peak / 1e6:,.0f} MB at most", flush=True)  # fmt: skip
     assert not ray.is_initialized()
 
 

@@ -1,7 +1,10 @@
 """What a process and all below it use, out of /proc: needs Linux, and no library in whatever environment it runs."""
 
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
+from threading import Event, Thread
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
@@ -47,3 +50,30 @@ def pss_bytes(root: int) -> int:
             continue
         size += sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
     return size
+
+
+class Watch:
+    """Looks twice a second at what this process and all below it hold, and at something else, until its block ends."""
+
+    def __init__(self, other: Callable[[], float] = lambda: 0.0) -> None:
+        self.seen: list[tuple[float, int, float]] = []
+        """When (by the monotonic clock), bytes, and the other."""
+        self._other, self._done = other, Event()
+        self._thread = Thread(target=self._look, daemon=True)
+
+    @property
+    def peak(self) -> int:
+        """The most bytes that were seen."""
+        return max((size for _, size, _ in self.seen), default=0)
+
+    def __enter__(self) -> "Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._done.wait(0.5):
+            self.seen.append((time.monotonic(), pss_bytes(os.getpid()), self._other()))
