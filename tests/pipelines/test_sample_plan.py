@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from jobs.presets import DIGITS
 from pipelines import sample_shards
@@ -220,6 +221,23 @@ def test_a_table_that_does_not_say_it_is_refused(
 def test_a_label_is_said_once() -> None:
     with pytest.raises(ConfigurationError, match=r"labels is .*t\.csv and draw\.label 'a'; .* leave out one of them"):
         SampleJob(out="o", checkpoint="c", labels="/t.csv", draw=replace(DRAW, label="a"))
+
+
+def test_a_compiled_network_draws_the_same_and_its_samples_are_a_set_of_their_own(
+    run: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What becomes of a graph needs a C++ compiler, which not every machine has; what becomes a graph does not."""
+    graphs = []
+
+    def counted(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, mode, **more: compile_(model, backend=counted, **more))
+    plain, compiled = plan(run, tmp_path / "plain"), plan(run, tmp_path / "compiled", compile=True)
+    assert np.array_equal(drawn(plain)[1], drawn(compiled)[1]) and graphs
+    assert identity(plain) != identity(compiled)
 
 
 def test_a_folder_is_finished_as_it_was_begun(run: Folder, tmp_path: Path) -> None:
