@@ -208,7 +208,9 @@ class Source:
             labels = batch.column(self.label_column).to_pylist() if labelled else [None] * len(batch)
             for data, label in zip(images, labels, strict=True):
                 if row >= first:
-                    yield Entry(f"{file.name}/{row}", data.as_py() or b"", _class_name(label, names))
+                    content = data.as_py() or b""
+                    reason = _too_large(len(content)) if len(content) > MAX_FILE_BYTES else ""
+                    yield Entry(f"{file.name}/{row}", b"" if reason else content, _class_name(label, names), reason)
                 row += 1
 
     def _of_tars(self, files: list[Stored]) -> Iterator[Entry]:

@@ -109,6 +109,9 @@ def test_a_file_that_is_too_large_is_not_fetched(folder: Folder, monkeypatch: py
     assert fetched == ["a.png"]
     large, good = entries(folder, "tar")
     assert (good.data, large.reason) == (PICTURES[0], "1001 bytes are more than 1000")
+    folder.put("p.parquet", parquet({"image": pa.array([bytes(1001), PICTURES[0]], pa.binary())}))
+    large, good = entries(folder, "parquet")
+    assert (good.data, large.data, large.reason) == (PICTURES[0], b"", "1001 bytes are more than 1000")
 
 
 @pytest.mark.parametrize("extension", ["png", "PNG", "jpg", "webp"])
