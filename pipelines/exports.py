@@ -15,6 +15,9 @@ from pipelines.storage import Folder
 LAST, AVERAGE = "model.safetensors", "ema.safetensors"
 """The last weights, and their average."""
 
+SEEN = ("zoom", "crop", "held_out")
+"""Of a run's settings, what says which pictures the network saw, and how."""
+
 
 def describe(checkpoint: Checkpoint, digest: str, files: dict[str, tuple[int, str]]) -> bytes:
     """Return what an export of a checkpoint says about itself; of each file the size and the sha256."""
@@ -29,7 +32,8 @@ def describe(checkpoint: Checkpoint, digest: str, files: dict[str, tuple[int, st
         "checkpoint_digest": digest,
         "data_digest": checkpoint.data_digest,
         "data_url": checkpoint.data_url,
-        "zoom": config.get("data", {}).get("zoom", 1.0),
+        **{name: value for name, value in config.get("data", {}).items() if name in SEEN},
+        "flip": config["fit"].get("flip", False),
         "tracking_uri": checkpoint.tracking_uri,
         "tracking_run": checkpoint.tracking_run,
         "files": files,
@@ -56,8 +60,9 @@ def read(folder: Folder) -> tuple[Checkpoint, str] | None:
             "config": {
                 "network": about["network"],
                 "schedule": about["schedule"],
-                "fit": {"objective": {"target": about["target"]}},
-                "data": {"zoom": about.get("zoom", 1.0)},
+                "fit": {"objective": {"target": about["target"]}}
+                | ({"flip": about["flip"]} if "flip" in about else {}),  # older ones do not say
+                "data": {"zoom": 1.0} | {name: about[name] for name in SEEN if name in about},
             },
             "shape": about["shape"],
             "labels": about["labels"],

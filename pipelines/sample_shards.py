@@ -45,11 +45,13 @@ def write(
         pixels: uint8 [n, H, W, C].
         lineage: what the samples come from.
         also: the forms beside Parquet.
-        anew: over one that is there. Otherwise that stays, since whoever wrote it may have finished the set.
+        anew: over what is there. Otherwise that stays, since whoever wrote it may have finished the set; what a job
+            that was killed has left of another revision is found when all is read back.
     """
+    write_one = out.put if anew else out.create
     images = [encode(picture, "png") for picture in pixels]
     for name, data in _beside(shard, list(seeds), labels, names, images, lineage, also).items():
-        out.put(name, data)
+        write_one(name, data)
     table = pa.table(
         {
             "seed": pa.array(seeds, pa.int64()),
@@ -59,10 +61,7 @@ def write(
     ).replace_schema_metadata({"brickyard": json.dumps(lineage)})
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="none")  # PNG is compressed
-    if anew:
-        out.put(shard_name(shard), buffer.getvalue())
-    else:
-        out.create(shard_name(shard), buffer.getvalue())
+    write_one(shard_name(shard), buffer.getvalue())
 
 
 def _beside(

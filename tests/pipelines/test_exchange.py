@@ -113,6 +113,10 @@ def test_an_export_is_drawn_from_as_the_checkpoint_that_it_is_of(tmp_path: Path)
     plans = [plan_samples(job_of(checkpoint=checkpoint)) for checkpoint in (job.run.url, url)]
     assert identity(plans[0]) == identity(plans[1])
     assert plans[1].lineage["data_digest"] == ours.checkpoint.data_digest
+    assert back.view == ours.view
+    said, kept = ours.checkpoint.config, back.checkpoint.config
+    assert kept["data"] == {name: said["data"][name] for name in ("zoom", "crop", "held_out")}
+    assert kept["fit"]["flip"] == said["fit"]["flip"]
 
     average_alone = Folder(str(tmp_path / "from MLflow"))
     for name in ("config.json", "ema.safetensors"):
