@@ -53,6 +53,27 @@ def check_trusted(uri: str) -> None:
         )
 
 
+def named_here(recorded_uri: str, flag: str) -> str:
+    """Return the tracker that may be asked, and told: ``none``, unless it is named here.
+
+    What samples or a checkpoint have on record may be a stranger's word: no server is spoken to, and nothing is made,
+    where it points to. A database that is there already is taken.
+
+    Args:
+        recorded_uri: as the lineage has it.
+        flag: ``tracking.uri``, which comes before the environment.
+    """
+    if named := flag or os.environ.get("MLFLOW_TRACKING_URI", ""):
+        return named
+    if not recorded_uri.startswith("sqlite:///"):
+        return "none"
+    try:
+        is_here = Path(recorded_uri.removeprefix("sqlite:///")).is_file()
+    except OSError:  # it is no path at all
+        is_here = False
+    return recorded_uri if is_here else "none"
+
+
 def be_brief() -> None:
     """Have MLflow give up soon, say little, and send nothing anywhere unasked."""
     for name, value in (

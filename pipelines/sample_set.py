@@ -3,7 +3,7 @@
 import hashlib
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
 
 from pipelines.errors import DamagedError, DataError
 from pipelines.images import BadImageError, Pixels, decode
@@ -19,6 +20,24 @@ from pipelines.storage import Folder
 MANIFEST, SUCCESS = "manifest.json", "_SUCCESS"
 """Of a finished set; the one without content comes last."""
 KEYS = {"seeds", "shape", "lineage", "files"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _File:
+    name: str
+    images: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _About:
+    """What a manifest must say, whatever more it does."""
+
+    seeds: tuple[int, int]
+    shape: tuple[Literal[1, 3], int, int]
+    lineage: dict[str, Any]
+    files: list[_File]
+    labels: list[str] = field(default_factory=list)
 
 
 class Samples(NamedTuple):
@@ -30,6 +49,8 @@ class Samples(NamedTuple):
     """[n], an index into the labels that the network knows; -1 for none."""
     image: list[bytes]
     """The PNG of each."""
+    lineage: dict[str, Any]
+    """What they have in common. Shards of a set may be drawn by several revisions; that of the set is the last one."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +72,18 @@ class SampleSet:
             raise DataError(
                 f"{folder.url} is no finished set of samples: it has no {SUCCESS}; run jobs/sample.py first"
             )
-        found = SampleSet(folder, folder.get(MANIFEST))
+        content, where = folder.get(MANIFEST), f"{folder.url}/{MANIFEST}"
         try:
-            about = json.loads(found.content)
-        except ValueError as error:
-            raise DataError(f"{folder.url}/{MANIFEST} is not the manifest of samples: {error}") from error
-        if not isinstance(about, dict) or not about.keys() >= KEYS or not about["files"]:
-            raise DataError(f"{folder.url}/{MANIFEST} is not the manifest of samples: it must have {sorted(KEYS)}")
-        return found
+            about = TypeAdapter(_About).validate_json(content, strict=True)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            place = ".".join(str(part) for part in problem["loc"]) or "it"
+            raise DataError(
+                f"{where} is not the manifest of samples: it must have {sorted(KEYS)}; {place}: {problem['msg']}"
+            ) from error
+        if not about.files:
+            raise DataError(f"{where} is not the manifest of samples: it must have files, and names none")
+        return SampleSet(folder, content)
 
     @cached_property
     def about(self) -> dict[str, Any]:
@@ -97,8 +122,15 @@ class SampleSet:
         Raises:
             DamagedError: if it is not what was written.
         """
+        return self.proved(part, self.folder.get(self.names[part]))
+
+    def proved(self, part: int, data: bytes) -> Samples:
+        """Read the bytes of a shard.
+
+        Raises:
+            DamagedError: if they are not what was written.
+        """
         file = self.about["files"][part]
-        data = self.folder.get(file["name"])
         where = f"{self.folder.url}/{file['name']}"
         if hashlib.sha256(data).hexdigest() != file["sha256"]:
             raise DamagedError(f"{where} is not what was written: its sha256 differs from the manifest's")
@@ -124,7 +156,19 @@ def read_shard(data: bytes, where: str) -> Samples:
     """
     try:
         table = pq.read_table(io.BytesIO(data), columns=["seed", "label", "image"])
-        seed, label = (table[name].to_numpy().astype(np.int64) for name in ("seed", "label"))
-        return Samples(seed, label, table["image"].to_pylist())
+        columns = [table[name] for name in ("seed", "label", "image")]
     except (pa.ArrowException, KeyError, ValueError, OSError) as error:
         raise DamagedError(f"{where} is no shard of samples: {error}") from error
+    seed, label, image = columns
+    if not all(pa.types.is_integer(column.type) for column in (seed, label)) or not pa.types.is_binary(image.type):
+        raise DamagedError(f"{where} is no shard of samples: seeds and labels must be integers, images bytes")
+    if not len(seed) or any(column.null_count for column in columns):
+        raise DamagedError(f"{where} is no shard of samples: it has {'none' if not len(seed) else 'gaps'}")
+    try:
+        lineage = json.loads(table.schema.metadata[b"brickyard"])
+    except (KeyError, TypeError, ValueError, RecursionError):
+        lineage = None
+    if not isinstance(lineage, dict):
+        raise DamagedError(f"{where} carries no lineage: it was not written by jobs/sample.py")
+    seeds, labels = (column.to_numpy().astype(np.int64) for column in (seed, label))
+    return Samples(seeds, labels, image.to_pylist(), lineage)

@@ -60,14 +60,23 @@ def stamped(png: bytes, lineage: dict[str, Any]) -> bytes:
     text = json.dumps(lineage, separators=(",", ":"), sort_keys=True).encode("ascii")
     if len(text) > MAX_BYTES:
         raise DataError(f"a lineage of {len(text)} bytes is too long for a stamp; at most {MAX_BYTES} fit")
-    kept, at = [SIGNATURE], len(SIGNATURE)
+    plain = bare(png)
+    header = next(_chunks(plain)).stop
+    return plain[:header] + _text_chunk(text) + plain[header:]
+
+
+def bare(png: bytes) -> bytes:
+    """Return a PNG without the lineage that it carries, damaged or not; all other bytes are as they were.
+
+    Raises:
+        DataError: if it is no PNG, or is cut off.
+    """
+    kept, at = bytearray(SIGNATURE), len(SIGNATURE)
     for chunk in _chunks(png):
         if not chunk.is_stamp:
-            kept.append(png[chunk.start : chunk.stop])
-        if at == len(SIGNATURE):
-            kept.append(_text_chunk(text))
+            kept += png[chunk.start : chunk.stop]
         at = chunk.stop
-    return b"".join([*kept, png[at:]])
+    return bytes(kept + png[at:])
 
 
 def stamp_of(png: bytes) -> dict[str, Any] | None:
@@ -76,12 +85,13 @@ def stamp_of(png: bytes) -> dict[str, Any] | None:
     Raises:
         DataError: if it is no PNG, is cut off, or carries something else under our name.
     """
-    found = [chunk for chunk in _chunks(png) if chunk.is_stamp]
-    if not found:
+    chunk: Chunk | None = None
+    for other in _chunks(png):
+        if other.is_stamp and chunk:  # at once: there may be millions
+            raise DataError("the PNG carries more than one lineage, of which one at most is its own")
+        chunk = other if other.is_stamp else chunk
+    if chunk is None:
         return None
-    if len(found) > 1:
-        raise DataError(f"the PNG carries {len(found)} lineages, of which one at most is its own")
-    chunk = found[0]
     if zlib.crc32(chunk.data, zlib.crc32(chunk.kind)) != chunk.crc:
         raise DataError("the lineage in the PNG is damaged: its CRC differs")
     try:

@@ -1,18 +1,15 @@
 """From an image back to all that it is a function of.
 
 What it says it comes from is read out of the image's shard, or out of the PNG itself, or found by its pixels; then what
-can be proved is proved. A PNG may come from a stranger: what it says is told, and compared with what is there, but no
-weights are loaded, and no tracker is asked, because it says so.
+can be proved is proved. A PNG, or a shard of no finished set, may come from a stranger: what it says is told, and
+compared with files that are here, but no weights are loaded, and nobody whom it names is asked, because it says so.
 """
 
-import io
-import json
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import ray.data
 
 from pipelines.cluster import cluster
@@ -20,7 +17,7 @@ from pipelines.errors import ConfigurationError, DamagedError, DataError
 from pipelines.fingerprint import fingerprint
 from pipelines.images import MAX_FILE_BYTES, BadImageError, Pixels, read_picture
 from pipelines.sample_set import MANIFEST, SUCCESS, SampleSet, read_shard
-from pipelines.stamp import is_png, stamp_of
+from pipelines.stamp import bare, is_png, stamp_of
 from pipelines.storage import Folder, absolute
 from pipelines.trace_checks import Claims, check_all
 from pipelines.trace_config import TraceJob
@@ -95,23 +92,22 @@ def _of_shard(job: TraceJob) -> tuple[dict[str, Any], Claims]:
     """Find a sample in its shard by its seed."""
     folder, name = _place(job.image)
     data, where = folder.get(name), f"{folder.url}/{name}"
-    read = read_shard(data, where)
-    index = read.seed.tolist().index(job.seed) if job.seed in read.seed else -1
-    if index < 0:
-        raise DataError(f"{where} does not hold seed {job.seed}; it holds {read.seed.min()}-{read.seed.max()}")
-    checked = "it is part of no finished set of samples, so nothing proves it"
-    if folder.exists(SUCCESS):
+    is_proved = folder.exists(SUCCESS)
+    if is_proved:
         samples = SampleSet.find(folder)
         if name not in samples.names:
             raise DamagedError(f"{folder.url}/{MANIFEST} knows nothing of {name}")
-        samples.read(samples.names.index(name))  # which raises unless it is what was written
+        read = samples.proved(samples.names.index(name), data)
         checked = "it is what was written, by its sha256"
-    try:
-        lineage = json.loads(pq.read_schema(io.BytesIO(data)).metadata[b"brickyard"])
-    except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{where} carries no lineage: it was not written by jobs/sample.py") from error
+    else:
+        read = read_shard(data, where)
+        checked = "it is part of no finished set of samples, so nothing proves it"
+    seeds = read.seed.tolist()
+    if job.seed not in seeds:
+        raise DataError(f"{where} does not hold seed {job.seed}; it holds {min(seeds)}-{max(seeds)}")
+    index = seeds.index(job.seed)
     picture = _picture(read.image[index], None, where)
-    claims = Claims(lineage, job.seed, int(read.label[index]), picture, is_ours=True)
+    claims = Claims(read.lineage, job.seed, int(read.label[index]), picture, is_ours=is_proved)
     return {"found_by": "its seed", "samples": folder.url, "shard": name, "checked": {"shard": checked}}, claims
 
 
@@ -121,12 +117,17 @@ def _of_picture(job: TraceJob) -> tuple[dict[str, Any], Claims]:
     data = folder.get_range(name, 0, MAX_FILE_BYTES + 1)
     if len(data) > MAX_FILE_BYTES:
         raise DataError(f"{job.image} has more than {MAX_FILE_BYTES} bytes")
+    stamp, damage = None, ""
     try:
         stamp = stamp_of(data) if is_png(data) else None
     except DataError as error:
-        raise DataError(f"{job.image}: {error}") from error
+        if not job.samples:
+            raise DataError(f"{job.image}: {error}") from error
+        damage = f"damaged: {error}"
+        with suppress(DataError):  # its pixels may be found all the same
+            data = bare(data)
     if job.samples:
-        return _among_samples(job, data, stamp)
+        return _among_samples(job, data, stamp, damage)
     if stamp is None:
         raise ConfigurationError(
             f"samples is empty, and {job.image} carries no lineage: give --samples FOLDER to look for it by its pixels"
@@ -138,7 +139,10 @@ def _of_picture(job: TraceJob) -> tuple[dict[str, Any], Claims]:
     return {"found_by": "the lineage that it carries", "samples": None, "shard": None}, claims
 
 
-def _among_samples(job: TraceJob, data: bytes, stamp: dict[str, Any] | None) -> tuple[dict[str, Any], Claims]:
+def _among_samples(
+    job: TraceJob, data: bytes, stamp: dict[str, Any] | None, damage: str
+) -> tuple[dict[str, Any], Claims]:
+    """Find a picture among samples by its pixels; ``damage`` says what is wrong with a stamp that cannot be read."""
     samples = SampleSet.find(Folder(job.samples))
     height, width, channels = samples.shape
     picture = _picture(data, channels, job.image)
@@ -151,23 +155,25 @@ def _among_samples(job: TraceJob, data: bytes, stamp: dict[str, Any] | None) -> 
     # Pixels that several seeds have do not say which of them it is; its own word then may.
     said = stamp.get("seed") if stamp else None
     hit = next((hit for hit in hits if hit.seed == said), hits[0])
+    lineage = samples.read(hit.part).lineage
+    carried = damage or _agreement(lineage, hit, stamp)
     told: dict[str, Any] = {
         "found_by": "its pixels",
         "samples": samples.folder.url,
         "shard": samples.names[hit.part],
-        "checked": {"shard": "it is what was written, by its sha256", "carried": _agreement(samples, hit, stamp)},
+        "checked": {"shard": "it is what was written, by its sha256", "carried": carried},
     }
     if len(hits) > 1:
         told["seeds_with_these_pixels"] = [hit.seed for hit in hits]
-    return told, Claims(samples.lineage, hit.seed, hit.label, picture, is_ours=True)
+    return told, Claims(lineage, hit.seed, hit.label, picture, is_ours=True)
 
 
-def _agreement(samples: SampleSet, hit: Hit, stamp: dict[str, Any] | None) -> str:
-    """Say whether what a picture carries is what its samples say."""
+def _agreement(lineage: dict[str, Any], hit: Hit, stamp: dict[str, Any] | None) -> str:
+    """Say whether what a picture carries is what its shard says."""
     if stamp is None:
         return "it carries no lineage of its own"
-    mine = samples.lineage | {"seed": hit.seed}
-    names = ("seed", "checkpoint_digest", "draw", "data_digest", "tracking_run")
+    mine = lineage | {"seed": hit.seed, "label": hit.label}
+    names = ("seed", "label", "checkpoint_digest", "draw", "data_digest", "tracking_run", "git_revision")
     wrong = [
         f"{name} {stamp.get(name)!r}, not {mine.get(name)!r}" for name in names if stamp.get(name) != mine.get(name)
     ]

@@ -1,10 +1,10 @@
 """What can be proved of a sample's lineage: that what it names is there, and is what it was."""
 
-import os
+import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -16,7 +16,7 @@ from pipelines.errors import ConfigurationError, DamagedError, DataError
 from pipelines.images import Pixels
 from pipelines.lineage import Trained
 from pipelines.manifest import Manifest
-from pipelines.mlflow_door import be_brief, check_trusted
+from pipelines.mlflow_door import be_brief, named_here
 from pipelines.plain import from_dict
 from pipelines.sample_config import SampleJob
 from pipelines.sample_plan import plan_samples
@@ -24,8 +24,6 @@ from pipelines.sample_shards import read_samples, shard_name
 from pipelines.storage import Folder, absolute
 from pipelines.trace_config import TraceJob
 
-NO_STORAGE = ("http", "https", "ftp", "sftp", "ssh", "github", "data")
-"""Schemes under which a picture could have us ask anybody anything."""
 NOT_ASKED = "not asked"
 MAX_BATCH_NUMBERS = 1 << 28
 
@@ -40,7 +38,8 @@ class Claims:
     picture: Pixels
     """uint8 [H, W, C]."""
     is_ours: bool
-    """Whether that is said by a set of samples that the caller has named, and not by the picture alone."""
+    """Whether that is said by a finished set of samples that the caller has named, and not by the image alone: by
+    whoever has sent it."""
 
 
 def check_all(job: TraceJob, claims: Claims) -> tuple[list[str], dict[str, str]]:
@@ -50,57 +49,80 @@ def check_all(job: TraceJob, claims: Claims) -> tuple[list[str], dict[str, str]]
         The labels, if they are known, and what came out, by what was looked at.
     """
     lineage = claims.lineage
-    data, manifest = _look(claims, str(lineage.get("data_url", "")), lineage.get("data_digest"), _data_set)
     where = job.checkpoint or str(lineage.get("checkpoint", ""))
-    found, trained = _look(claims, where, lineage.get("checkpoint_digest"), _trained, is_ours=bool(job.checkpoint))
-    checked = {"data": data, "checkpoint": found, "mlflow_run": _run(job, claims)}
+    is_named = claims.is_ours or bool(job.checkpoint)
+    data = _look(str(lineage.get("data_url", "")), lineage.get("data_digest"), _data_set, claims.is_ours)
+    found = _look(where, lineage.get("checkpoint_digest"), _trained, is_named)
+    checked = {"data": data.said, "checkpoint": found.said, "mlflow_run": _run(job, claims)}
     if job.redraw:
-        checked["redraw"] = _compare(job, claims, where) if trained else f"not drawn: the checkpoint: {found}"
-    labels = trained.labels if trained else manifest.labels if manifest else []
-    return labels, checked
+        checked["redraw"] = f"not drawn: the checkpoint: {found.said}"
+    if job.redraw and found.trained:
+        if not is_named:
+            raise ConfigurationError(
+                "redraw is asked for, and only the image says where its checkpoint is; to load weights from there is "
+                f"not safe: give --checkpoint {where} if you trust it, or find the image in a finished set of samples"
+            )
+        checked["redraw"] = _compare(found.trained, claims, job.use_gpu)
+    return found.labels or data.labels or [], checked
 
 
-def _trained(url: str) -> tuple[str, Trained]:
+class Seen(NamedTuple):
+    """What is at a URL."""
+
+    said: str
+    """In words."""
+    labels: list[str] | None = None
+    trained: Trained | None = None
+
+
+def _trained(url: str) -> tuple[str, list[str], Trained]:
     trained = Trained.find(url)
-    return trained.checkpoint.digest, trained
+    return trained.digest, trained.labels, trained
 
 
-def _data_set(url: str) -> tuple[str, Manifest]:
+def _data_set(url: str) -> tuple[str, list[str], None]:
     manifest = Manifest.load(Folder(url))
-    return manifest.digest, manifest
+    return manifest.digest, manifest.labels, None
 
 
-def _look(
-    claims: Claims, url: str, digest: Any, find: Callable[[str], tuple[str, Any]], is_ours: bool = False
-) -> tuple[str, Any]:
-    """Say whether something is at a URL and has a digest; return it if so."""
+def _look(url: str, digest: Any, find: Callable[[str], tuple[str, list[str], Trained | None]], is_named: bool) -> Seen:
+    """Say whether something is at a URL and has a digest; return it if so.
+
+    Args:
+        url: where it is said to be.
+        digest: of it.
+        find: finds what there is: its digest, its labels, and the network if it is one.
+        is_named: whether the caller stands for the URL. Otherwise it is a stranger's: who is asked for it learns of
+            that, may be sent credentials, and may answer anything, so only files are looked at.
+    """
     if not url or not digest:
-        return f"{NOT_ASKED}: it is not on record", None
-    if not (is_ours or claims.is_ours) and urlsplit(url).scheme in NO_STORAGE:
-        return f"{NOT_ASKED}: only the picture says that it is at {url}", None
+        return Seen(f"{NOT_ASKED}: it is not on record")
     try:
         url = absolute(url)
-        found, what = find(url)
-    except DamagedError as error:
-        missing = "does not exist" in str(error)
-        return f"{'gone' if missing else 'damaged'}: {error}", None
+        if not is_named and urlsplit(url).scheme != "file":
+            return Seen(f"{NOT_ASKED}: only the image says that it is at {url}")
+        found, labels, trained = find(url)
     except (DataError, ValueError) as error:  # a URL may be anything
-        return f"gone: {error}", None
+        is_damaged = isinstance(error, DamagedError) and "does not exist" not in str(error)
+        return Seen(f"{'damaged' if is_damaged else 'gone'}: {error}")
+    except Exception as error:
+        if is_named:
+            raise
+        return Seen(f"not known: {type(error).__name__}: {error}")
     if found != digest:
-        return f"another: what is at {url} has the digest {found}", None
-    return f"it is at {url}, with this digest", what
+        return Seen(f"another: what is at {url} has the digest {found}")
+    return Seen(f"it is at {url}, with this digest", labels, trained)
 
 
 def _run(job: TraceJob, claims: Claims) -> str:
     """Say whether MLflow knows the run that trained the network."""
     lineage = claims.lineage
     recorded = str(lineage.get("tracking_uri", "")) if claims.is_ours else ""
-    uri = job.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or recorded
-    run_id = str(lineage.get("tracking_run") or "")
-    if uri in ("", "none") or not run_id:
-        return f"{NOT_ASKED}: {'no run is on record' if not run_id else 'give --tracking.uri'}"
-    if uri == recorded:
-        check_trusted(uri)
+    uri, run_id = named_here(recorded, job.tracking.uri), str(lineage.get("tracking_run") or "")
+    if not run_id:
+        return f"{NOT_ASKED}: no run is on record"
+    if uri == "none":
+        return f"{NOT_ASKED}: give --tracking.uri {recorded if recorded != 'none' else ''}".rstrip()
     be_brief()
     from pipelines import mlflow_find
 
@@ -113,24 +135,20 @@ def _run(job: TraceJob, claims: Claims) -> str:
     return f"{where} knows it as {run.info.run_id}, {run.info.run_name}, {run.info.status}"
 
 
-def _compare(job: TraceJob, claims: Claims, where: str) -> str:
+def _compare(trained: Trained, claims: Claims, use_gpu: bool) -> str:
     """Draw the sample again, and say whether it is the same."""
-    if not (claims.is_ours or job.checkpoint):
-        raise ConfigurationError(
-            "redraw is asked for, and only the picture says where its checkpoint is; to load weights from there is not "
-            f"safe: give --checkpoint {where} if you trust it, or --samples FOLDER that it lies in"
-        )
-    drawn = redrawn(where, claims, job.use_gpu)
-    if drawn.shape != claims.picture.shape:
-        return f"differs: it has the shape {drawn.shape}, the picture has {claims.picture.shape}"
+    channels, height, width = trained.checkpoint.shape
+    if (height, width, channels) != claims.picture.shape:
+        return f"differs: it has the shape {(height, width, channels)}, the picture has {claims.picture.shape}"
+    drawn = redrawn(trained, claims, use_gpu)
     if (drawn == claims.picture).all():
         return "the same pixels, bit for bit"
     apart = np.abs(drawn.astype(int) - claims.picture)
     return f"differs: by {apart.mean():.3f} of 255 on average, {apart.max()} at most, in {(apart > 0).mean():.1%} of it"
 
 
-def redrawn(url: str, claims: Claims, use_gpu: bool) -> Pixels:
-    """Draw a sample again, as its lineage says, from the checkpoint at a URL: uint8 [H, W, C].
+def redrawn(trained: Trained, claims: Claims, use_gpu: bool) -> Pixels:
+    """Draw a sample again, as its lineage says, from a checkpoint: uint8 [H, W, C].
 
     Raises:
         ConfigurationError: if this version cannot draw as the lineage says.
@@ -140,14 +158,14 @@ def redrawn(url: str, claims: Claims, use_gpu: bool) -> Pixels:
         raise ConfigurationError(f"the lineage does not say how the sample was drawn; its draw is {said!r}")
     asked = {**said, "shard_images": 1, "actors": 1, "use_gpu": use_gpu}
     draw = from_dict(DrawConfig, asked, "draw of the lineage")
-    if draw.batch_images * claims.picture.size > MAX_BATCH_NUMBERS:
+    if draw.batch_images * math.prod(trained.checkpoint.shape) > MAX_BATCH_NUMBERS:
         raise ConfigurationError(f"draw of the lineage: batch_images is {draw.batch_images}; no memory holds that")
-    labels = Trained.find(url).labels
+    labels = trained.labels
     if 0 <= claims.label < len(labels):
         draw = replace(draw, label=labels[claims.label])  # the rest of its batch may have others
     with tempfile.TemporaryDirectory() as folder:
         seeds = f"{claims.seed}-{claims.seed}"
-        plan = plan_samples(SampleJob(checkpoint=url, out=folder, seeds=seeds, draw=draw))
+        plan = plan_samples(SampleJob(checkpoint=trained.folder.url, out=folder, seeds=seeds, draw=draw))
         for _ in DrawShard(plan)({"id": np.array([0])}):
             pass
         drawn: Pixels = read_samples(plan.out, [shard_name(0)], plan.trained.checkpoint.shape)[0]

@@ -21,8 +21,8 @@ class TraceJob:
     redraw: bool = False
     """Draw the seed again from the checkpoint, as it was drawn, and say whether the pixels are the same."""
     checkpoint: str = ""
-    """Where the checkpoint lies now; empty: where the lineage says. To redraw a PNG that was not found in samples it
-    must be said: to load weights from where a stranger's picture says is not safe."""
+    """Where the checkpoint lies now; empty: where the lineage says. To redraw a PNG that was not found in samples, or
+    from a shard of no finished set, it must be said: to load weights from where a stranger says is not safe."""
     use_gpu: bool = False
     """Redraw on a GPU, for a sample that was drawn on one."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -11,7 +11,7 @@ from PIL import Image, PngImagePlugin
 
 from pipelines.errors import DataError
 from pipelines.images import encode
-from pipelines.stamp import MAX_BYTES, stamp_of, stamped
+from pipelines.stamp import MAX_BYTES, bare, stamp_of, stamped
 from tests.pipelines.hostile import chunk
 
 LINEAGE = {"seed": 7, "label": -1, "checkpoint_digest": "ab" * 32, "draw": {"steps": 20, "sampler": "dpm-solver"}}
@@ -38,6 +38,10 @@ def chunks(png: bytes) -> list[tuple[bytes, bytes]]:
 def png(*before_pixels: bytes) -> bytes:
     plain = encode(PICTURE, "png")
     return b"".join([plain[:33], *before_pixels, plain[33:]])
+
+
+def text(kind: bytes, content: bytes) -> bytes:
+    return chunk(kind, b"brickyard\0" + content)
 
 
 def palette() -> bytes:
@@ -68,6 +72,13 @@ def test_a_second_stamp_takes_the_place_of_the_first() -> None:
     assert again == stamped(png(), LINEAGE) and stamped(again, LINEAGE) == again
 
 
+@pytest.mark.parametrize("plain", [png(), palette(), png() + b"more"], ids=["plain", "palette", "more"])
+def test_without_its_stamps_a_picture_is_what_it_was(plain: bytes) -> None:
+    wrong = text(b"tEXt", b"{}")[:-1] + b"?"
+    assert bare(stamped(plain, LINEAGE)) == bare(plain) == plain
+    assert bare(plain[:33] + wrong + text(b"iTXt", b"") + plain[33:]) == plain
+
+
 def test_what_follows_the_end_stays() -> None:
     assert stamped(png() + b"more", LINEAGE) == stamped(png(), LINEAGE) + b"more"
 
@@ -88,10 +99,6 @@ def test_a_program_may_write_the_text_as_it_likes(zipped: bool, international: b
     assert stamp_of(stamped(buffer.getvalue(), {"seed": 1})) == {"seed": 1}
 
 
-def text(kind: bytes, content: bytes) -> bytes:
-    return chunk(kind, b"brickyard\0" + content)
-
-
 BOMB = zlib.compress(b'{"a":"' + b" " * (64 << 20) + b'"}')
 HOSTILE = {
     "not one": (b"GIF89a", "does not begin like one"),
@@ -109,7 +116,7 @@ HOSTILE = {
     "no object": (png(text(b"tEXt", b"[7]")), "no object"),
     "deep": (png(text(b"tEXt", b"[" * MAX_BYTES)), "is not JSON"),
     "large number": (png(text(b"tEXt", b'{"seed":' + b"9" * 60000 + b"}")), "is not JSON"),
-    "two": (png(text(b"tEXt", b'{"seed":1}'), text(b"tEXt", b'{"seed":2}')), "carries 2 lineages"),
+    "two": (png(text(b"tEXt", b'{"seed":1}'), text(b"tEXt", b'{"seed":2}')), "carries more than one lineage"),
     "a wrong CRC": (png(text(b"tEXt", b'{"seed":1}')[:-1] + b"?"), "its CRC differs"),
     "a length beyond the end": (png()[:33] + b"\xff\xff\xff\xfftEXtbrickyard\0", "must have 4294967295 bytes"),
 }
@@ -120,6 +127,13 @@ def test_a_hostile_picture_is_told_what_is_wrong_with_it(data: bytes, reason: st
     with pytest.raises(DataError) as caught:
         stamp_of(data)
     assert reason in str(caught.value)
+
+
+def test_of_many_stamps_no_more_than_two_are_looked_at() -> None:
+    """The file is cut off after the second, which nobody gets to learn."""
+    twice = png(text(b"tEXt", b'{"seed":1}'), text(b"tEXt", b'{"seed":2}'), b"\xff\xff\xff\xfftEXt")
+    with pytest.raises(DataError, match="more than one lineage"):
+        stamp_of(twice)
 
 
 def test_a_picture_that_is_cut_off_anywhere_is_known_to_be() -> None:

@@ -29,6 +29,7 @@ from pipelines.fit import new_state
 from pipelines.images import encode
 from pipelines.ingest import ingest
 from pipelines.ingest_plan import IngestConfig, IngestPlan
+from pipelines.lineage import Trained
 from pipelines.manifest import Manifest
 from pipelines.plain import to_dict
 from pipelines.sample_config import SampleJob
@@ -148,7 +149,8 @@ def test_a_picture_that_carries_its_lineage_is_believed_as_far_as_it_can_be_prov
 def test_a_sample_is_redrawn_with_the_label_that_it_has(drawn: Drawn, tmp_path: Path) -> None:
     """Whatever gave it: the number of the seed, a setting, or a table."""
     lineage = {**drawn.lineage, "draw": {**drawn.lineage["draw"], "label": "7"}}
-    picture = redrawn(drawn.checkpoint, Claims(lineage, 104, 7, np.zeros((8, 8, 1), np.uint8), is_ours=True), False)
+    trained = Trained.find(drawn.checkpoint)
+    picture = redrawn(trained, Claims(lineage, 104, 7, np.zeros((8, 8, 1), np.uint8), is_ours=True), False)
     image = encode(picture, "png")
     assert image != drawn.image(104)
     image_of = stamped(image, {**drawn.lineage, "seed": 104, "label": 7})
@@ -164,7 +166,7 @@ def test_a_lie_is_found_out(drawn: Drawn, tmp_path: Path) -> None:
     assert again.startswith("differs: by ")
     url = {"checkpoint": "http://127.0.0.1:9/c", "data_url": "ht[tp://d", "seed": 1}
     told = trace(TraceJob(image=file(tmp_path, stamped(drawn.image(104), {**drawn.lineage, **url}))))
-    assert told["checked"]["checkpoint"].startswith("not asked: only the picture says that it is at http://127.0.0.1:9")
+    assert told["checked"]["checkpoint"].startswith("not asked: only the image says that it is at http://127.0.0.1:9")
     assert told["checked"]["data"].startswith("gone: ") and told["label"] == -1
 
 
@@ -177,7 +179,7 @@ def test_pixels_of_several_seeds_are_told(drawn: Drawn, tmp_path: Path) -> None:
     told = trace(TraceJob(image=file(tmp_path, image), samples=samples.url))
     assert (told["seed"], told["seeds_with_these_pixels"]) == (51, [51, 53])
     told = trace(TraceJob(image=file(tmp_path, stamped(image, {"seed": 53})), samples=samples.url))
-    assert told["seed"] == 53 and "another lineage: checkpoint_digest None, not" in told["checked"]["carried"]
+    assert told["seed"] == 53 and "lineage: label None, not -1; checkpoint_digest None" in told["checked"]["carried"]
 
 
 def test_what_is_gone_or_another_by_now_is_said(drawn: Drawn, tmp_path: Path) -> None:
