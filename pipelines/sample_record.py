@@ -1,7 +1,6 @@
 """The record of a sampling job: a run of its own in MLflow, linked to the run that trained the network."""
 
 import logging
-import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 from pipelines import run_folder
 from pipelines.entries import ModelInput
 from pipelines.lineage import ray_job
+from pipelines.mlflow_door import named_here
 from pipelines.plain import flatten, to_dict, to_yaml
 from pipelines.sample_config import SampleJob
 from pipelines.sample_plan import SamplePlan, identity
@@ -29,13 +29,10 @@ def recorded(job: SampleJob, plan: SamplePlan) -> Iterator[Tracker]:
         plan: what it draws.
     """
     trained_at = plan.lineage["tracking_uri"]
-    uri = job.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
-    if not uri:
-        # What a checkpoint says of itself may be a stranger's word: nothing is sent, or made, where it points to.
-        is_here = trained_at.startswith("sqlite:///") and Path(trained_at.removeprefix("sqlite:///")).exists()
-        uri = trained_at if is_here else "none"
-        if uri != trained_at:
-            log.info("not on record; to have it where the training is, set MLFLOW_TRACKING_URI=%s", trained_at)
+    # What a checkpoint says of itself may be a stranger's word: nothing is sent, or made, where it points to.
+    uri = named_here(trained_at, job.tracking.uri)
+    if uri == "none" != trained_at:
+        log.info("not on record; to have it where the training is, set MLFLOW_TRACKING_URI=%s", trained_at)
     if uri == "none":
         yield Tracker()
         return
