@@ -1,6 +1,7 @@
 """What an audit compares, and by what names it is recorded. Nothing here is searched, so no cluster starts."""
 
 import json
+import socket
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -163,8 +164,12 @@ def test_audits_by_other_terms_or_data_have_other_names(yard: Yard) -> None:
 
 
 def test_what_samples_say_of_a_tracker_makes_and_reaches_nothing(yard: Yard, tmp_path: Path) -> None:
-    database = tmp_path / "not here" / "mlflow.db"
-    for uri in (f"sqlite:///{database}", "http://127.0.0.1:9", "postgresql://127.0.0.1:9/them", "file:///them"):
-        job = finished(yard, yard.samples(tracking_uri=uri, tracking_run="theirs"), "out", 0.1)
-        assert audit_job(job)["recorded"] is False
-    assert not database.parent.exists()
+    with socket.create_server(("127.0.0.1", 0)) as theirs:
+        theirs.setblocking(False)
+        port = theirs.getsockname()[1]
+        for uri in (f"sqlite:///{tmp_path}/theirs.db", f"file://{tmp_path}/theirs", f"http://127.0.0.1:{port}"):
+            job = finished(yard, yard.samples(tracking_uri=uri, tracking_run="theirs"), "out", 0.1)
+            assert audit_job(job)["recorded"] is False
+        with pytest.raises(BlockingIOError):
+            theirs.accept()
+    assert not list(tmp_path.glob("theirs*"))
