@@ -163,6 +163,7 @@ def test_audits_by_other_terms_or_data_have_other_names(yard: Yard) -> None:
     assert plan.suffix == f"_halves_against_{other.digest[:8]}"
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
 def test_what_samples_say_of_a_tracker_makes_and_reaches_nothing(yard: Yard, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as theirs:
         theirs.setblocking(False)
