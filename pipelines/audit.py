@@ -10,6 +10,7 @@ import json
 import logging
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,15 @@ from numpy.typing import NDArray
 
 from pipelines import audit_report
 from pipelines.audit_config import AuditJob
-from pipelines.audit_pictures import Pair, pairs_figure
+from pipelines.audit_pictures import Pair, closest_samples, pairs_figure, pairs_of_samples
 from pipelines.audit_plan import AuditPlan, Control, plan_audit
-from pipelines.audit_search import DataBlocks, DataReader, ask, block_rows, search
+from pipelines.audit_search import PIECE_IMAGES, DataBlocks, Read, ask, block_rows, search
 from pipelines.champion import record_file, record_score
 from pipelines.cluster import cluster
+from pipelines.entries import without_password
 from pipelines.errors import ConfigurationError, DataError
 from pipelines.images import Pixels
-from pipelines.mlflow_door import check_trusted
+from pipelines.picture_sets import DataPictures
 from pipelines.sample_set import SampleSet
 
 REPORT, TABLE, PAIRS = "audit.json", "audit.parquet", "pairs.png"
@@ -39,15 +41,16 @@ log = logging.getLogger("brickyard.audit")
 class ReadControl:
     """Reads a part of the control."""
 
-    data: DataReader
+    data: DataPictures
     control: Control
 
-    def __call__(self, part: int) -> tuple[NDArray[np.int64], Pixels]:
+    def __call__(self, part: int) -> Read:
         here = slice(part * PART_ROWS, (part + 1) * PART_ROWS)
         rows, own = self.control.row[here], self.control.own[here]
-        found = list(self.data.read(rows))
+        found = list(self.data.pieces(rows, PIECE_IMAGES))
         usable = np.concatenate([row for row, _ in found])
-        return own[np.isin(rows, usable)], np.concatenate([pixels for _, pixels in found])
+        none = np.full(len(usable), -1)
+        return Read(np.concatenate([pixels for _, pixels in found]), own[np.isin(rows, usable)], none, none)
 
 
 @dataclass(frozen=True)
@@ -56,15 +59,18 @@ class ReadSamples:
 
     samples: SampleSet
 
-    def __call__(self, part: int) -> tuple[NDArray[np.int64], Pixels]:
-        pixels = self.samples.pixels(part)
-        return np.full(len(pixels), -1), pixels
+    def __call__(self, part: int) -> Read:
+        found = self.samples.read(part)
+        pixels = self.samples.decoded(found.image, self.samples.names[part])
+        return Read(pixels, np.full(len(pixels), -1), found.seed, found.label)
 
 
 @dataclass(frozen=True)
 class Findings:
     """What was found of each sample, in the order of the seeds."""
 
+    seed: NDArray[np.int64]
+    label: NDArray[np.int64]
     judged: audit_report.Judged
     twins: audit_report.Twins
     control: audit_report.Judged | None
@@ -74,23 +80,26 @@ class Findings:
 
 def find(plan: AuditPlan) -> Findings:
     """Compare all samples, and the control, with all training images, and the samples with each other."""
-    features, threshold, data = plan.job.features, plan.job.threshold, plan.data
+    features, threshold, data, samples = plan.job.features, plan.job.threshold, plan.data, plan.samples
     with cluster():
-        drawn = ask(ReadSamples(plan.samples), len(plan.samples.names), features)
-        parts = -(-len(plan.control.row) // PART_ROWS)
-        asked = drawn + ask(ReadControl(data, plan.control), parts, features)
-        size = block_rows(data.manifest.rows, asked.dimensions * (1 + plan.mirrored))
+        drawn, seed, label = ask(ReadSamples(samples), len(samples.names), samples.count, features)
+        if drawn.count != samples.count:
+            raise DataError(f"{samples.folder.url} has {drawn.count} samples; its manifest says {samples.count}")
+        images = len(plan.control.row)
+        control, *_ = ask(ReadControl(data, plan.control), -(-images // PART_ROWS), images, features)
+        asked = drawn + control
+        size = block_rows(data.n, asked.dimensions * (1 + plan.mirrored))
         blocks = DataBlocks(data, features, asked.dimensions, size, plan.held, plan.mirrored)
         log.info("audit: %d samples, %d other pictures, %d blocks of %d images", drawn.count,
                  asked.count - drawn.count, blocks.count, size)  # fmt: skip
-        found, rows = search(asked, blocks, blocks.count, plan.k)
+        found, rows = search(asked, blocks, blocks.count, plan.k, features)
         among, _ = search(drawn, drawn, len(drawn.parts), 1)
     if rows < 3:
         raise DataError(f"{data.folder.url} has {rows} images that can be used; three are needed")
     n = drawn.count
     judged = audit_report.judge(found.of(slice(n)), threshold)
-    control = audit_report.judge(found.of(slice(n, None)), threshold) if asked.count > n else None
-    return Findings(judged, audit_report.judge_twins(among, judged, threshold), control, rows)
+    others = audit_report.judge(found.of(slice(n, None)), threshold) if asked.count > n else None
+    return Findings(seed, label, judged, audit_report.judge_twins(among, judged, threshold), others, rows)
 
 
 def audit(plan: AuditPlan) -> dict[str, Any]:
@@ -103,17 +112,14 @@ def audit(plan: AuditPlan) -> dict[str, Any]:
     if (there := _present(plan)) is not None:
         return there
     samples = plan.samples
-    seed, label = (np.concatenate(column) for column in zip(*_seeds_and_labels(samples), strict=True))
     found = find(plan)
-    if len(seed) != len(found.judged.row):
-        raise DataError(f"{samples.folder.url} changed while it was read")
     buffer = io.BytesIO()
-    rows = audit_report.table(seed, label, found.judged, found.twins)
+    rows = audit_report.table(found.seed, found.label, found.judged, found.twins)
     pq.write_table(rows.replace_schema_metadata({"brickyard": json.dumps(plan.terms)}), buffer)
-    files = {TABLE: buffer.getvalue(), PAIRS: _picture(plan, seed, found)}
+    files = {TABLE: buffer.getvalue(), PAIRS: _picture(plan, found)}
     for name, data in files.items():
         plan.out.put(name, data)
-    report = _report(plan, found, label, len(seed)) | {
+    report = _report(plan, found) | {
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
         "terms": plan.terms,
         "lineage": samples.lineage,
@@ -143,21 +149,17 @@ def _present(plan: AuditPlan) -> dict[str, Any] | None:
     return report if whole else None
 
 
-def _seeds_and_labels(samples: SampleSet) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    return [(read.seed, read.label) for read in map(samples.read, range(len(samples.names)))]
-
-
-def _report(plan: AuditPlan, found: Findings, label: NDArray[np.int64], n: int) -> dict[str, Any]:
+def _report(plan: AuditPlan, found: Findings) -> dict[str, Any]:
     samples = audit_report.group(found.judged)
     control = found.control and audit_report.group(found.control)
     near = audit_report.share(found.twins.near)
     told: dict[str, Any] = {
         "samples": plan.samples.folder.url,
-        "samples_n": n,
+        "samples_n": len(found.seed),
         "seeds": plan.samples.about["seeds"],
         "reference": plan.data.folder.url,
         "reference_n": found.rows,
-        "same_data_as_trained_on": plan.data.manifest.digest == plan.samples.lineage.get("data_digest"),
+        "same_data_as_trained_on": plan.data.digest == plan.samples.lineage.get("data_digest"),
         "of_samples": samples,
         "of_control": control,
         "excess_share": samples["copies"]["share"] - control["copies"]["share"] if control else None,
@@ -167,19 +169,17 @@ def _report(plan: AuditPlan, found: Findings, label: NDArray[np.int64], n: int) 
         "near_duplicates": near | {"identical": int((found.twins.same >= 0).sum())},
         "notes": plan.notes,
     }
-    labels = audit_report.by_label(label, found.judged, found.twins, plan.labels)
+    labels = audit_report.by_label(found.label, found.judged, found.twins, plan.labels)
     return told | ({"by_label": labels} if labels else {})
 
 
-def _picture(plan: AuditPlan, seed: NDArray[np.int64], found: Findings) -> bytes:
+def _picture(plan: AuditPlan, found: Findings) -> bytes:
     """Draw the closest pairs: samples beside their training images, and beside each other."""
-    judged, twins = found.judged, found.twins
+    judged, seed = found.judged, found.seed
     closest = np.argsort(judged.ratio, kind="stable")[: plan.job.pairs].tolist()
-    by_distance = [i for i in np.argsort(twins.distance, kind="stable").tolist() if twins.other[i] >= 0]
-    alike = list(dict.fromkeys((min(i, twins.other[i]), max(i, twins.other[i])) for i in by_distance))
-    alike = [(int(a), int(b)) for a, b in alike[: -(-plan.job.pairs // 3)]]
-    drawn = _pictures_of(plan.samples, sorted({*closest, *(i for pair in alike for i in pair)}))
-    read = plan.data.read(np.unique(judged.row[closest]))
+    alike = closest_samples(found.twins, -(-plan.job.pairs // 3))
+    drawn = _pictures_of(plan.samples, sorted({*closest, *(i for one in alike for i in one[:2])}))
+    read = plan.data.pieces(np.unique(judged.row[closest]), PIECE_IMAGES)
     trained = {row: picture for here, some in read for row, picture in zip(here.tolist(), some, strict=True)}
     with_data = [
         Pair(
@@ -189,12 +189,7 @@ def _picture(plan: AuditPlan, seed: NDArray[np.int64], found: Findings) -> bytes
         )
         for i in closest
     ]  # fmt: skip
-    with_each_other = [
-        Pair(drawn[a], drawn[b], f"seed {seed[a]} | seed {seed[b]}", f"d {twins.distance[a]:.3g}",
-             bool(twins.near[a] or twins.near[b]))
-        for a, b in alike
-    ]  # fmt: skip
-    return pairs_figure(with_data, with_each_other)
+    return pairs_figure(with_data, pairs_of_samples(alike, seed, drawn))
 
 
 def _pictures_of(samples: SampleSet, index: list[int]) -> dict[int, Pixels]:
@@ -219,20 +214,33 @@ def audit_job(job: AuditJob) -> dict[str, Any]:
     """
     plan = plan_audit(job)
     lineage = plan.samples.lineage
-    uri = job.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or lineage.get("tracking_uri", "")
-    if uri == lineage.get("tracking_uri"):
-        check_trusted(uri)
+    uri = _named_here(str(lineage.get("tracking_uri", "none")), job.tracking.uri)
     report = audit(plan)
     shares = {
         "copied_share": report["of_samples"]["copies"]["share"],
         "copied_share_control": report["of_control"] and report["of_control"]["copies"]["share"],
         "near_duplicate_share": report["near_duplicates"]["share"],
     }
-    run = lineage.get("tracking_run", "")
-    taken = [record_score(uri, run, name, value, lineage) for name, value in shares.items() if value is not None]
+    run = str(lineage.get("tracking_run", ""))
+    measured_on = lineage | {"data_digest": plan.data.digest, "data_url": plan.data.folder.url}
+    values = {name + plan.suffix: value for name, value in shares.items() if value is not None}
+    taken = [record_score(uri, run, name, value, measured_on) for name, value in values.items()]
     if recorded := all(taken):
-        recorded = record_file(uri, run, f"pairs-{lineage['position']}.png", plan.out.get(PAIRS))
+        recorded = record_file(uri, run, f"pairs-{lineage['position']}{plan.suffix}.png", plan.out.get(PAIRS))
     return {"audit": f"{plan.out.url}/{REPORT}", "pairs": f"{plan.out.url}/{PAIRS}", **report, "recorded": recorded}
+
+
+def _named_here(recorded: str, flag: str) -> str:
+    """Return the tracker that a flag or the environment names, or else the recorded one if that is a database here.
+    What samples say of themselves may be a stranger's word: nothing is sent, or made, where it points to."""
+    if uri := flag or os.environ.get("MLFLOW_TRACKING_URI", ""):
+        return uri
+    if recorded.startswith("sqlite:///") and Path(recorded.removeprefix("sqlite:///")).exists():
+        return recorded
+    if recorded not in ("", "none"):
+        where = without_password(recorded)
+        log.info("not on record; to have it where the training is, set MLFLOW_TRACKING_URI=%s", where)
+    return "none"
 
 
 def dry_run(job: AuditJob) -> dict[str, Any]:
@@ -244,7 +252,7 @@ def dry_run(job: AuditJob) -> dict[str, Any]:
         "samples": plan.samples.folder.url,
         "samples_n": plan.samples.count,
         "reference": plan.data.folder.url,
-        "reference_n": plan.data.manifest.rows - len(plan.held),
+        "reference_n": plan.data.n - len(plan.held),
         "is_there": _present(plan) is not None,
         "notes": plan.notes,
         "terms": plan.terms,

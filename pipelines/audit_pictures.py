@@ -1,10 +1,12 @@
 """The closest pairs that an audit found, side by side."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
+from pipelines.audit_report import Twins
 from pipelines.figures import blank, png
 from pipelines.images import Pixels
 
@@ -27,6 +29,38 @@ class Pair(NamedTuple):
     """How near."""
     flagged: bool
     """Whether that is too near."""
+
+
+class Alike(NamedTuple):
+    """Two samples, the one the nearest to the other."""
+
+    first: int
+    """The place of the one in the set, before that of the other."""
+    second: int
+    distance: float
+    near: bool
+    """Whether one of them is nearly the other, by what lies around it."""
+
+
+def closest_samples(twins: Twins, most: int) -> list[Alike]:
+    """Return the closest pairs of samples, each once, the closest first."""
+    pairs: dict[tuple[int, int], list[int]] = {}
+    for i in np.argsort(twins.distance, kind="stable").tolist():
+        if (other := int(twins.other[i])) >= 0:
+            pairs.setdefault((min(i, other), max(i, other)), []).append(i)
+    # A sample of a pair may itself be nearer to a third: only those count here whose nearest is the other.
+    return [
+        Alike(*pair, float(twins.distance[who[0]]), any(bool(twins.near[i]) for i in who))
+        for pair, who in list(pairs.items())[:most]
+    ]
+
+
+def pairs_of_samples(alike: Sequence[Alike], seed: NDArray[np.int64], drawn: Mapping[int, Pixels]) -> list[Pair]:
+    """Return pairs of samples with their pictures, by their places in the set."""
+    return [
+        Pair(drawn[a], drawn[b], f"seed {seed[a]} | seed {seed[b]}", f"d {distance:.3g}", near)
+        for a, b, distance, near in alike
+    ]
 
 
 def pairs_figure(with_data: Sequence[Pair], with_each_other: Sequence[Pair]) -> bytes:

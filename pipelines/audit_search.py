@@ -1,26 +1,27 @@
 """The nearest of many pictures to many others, as Ray Data jobs over blocks.
 
-First the pictures that are asked about become vectors, part by part, and go into Ray's object store, where all tasks of
-a node see the same memory. Then each task reads one block of the data, makes it into vectors, once, and holds all parts
-against it; what it tells is merged as it comes. So nobody holds the data set, and a task holds one block and one part.
+First the pictures that are asked about become vectors, and go into Ray's object store, in parts of one size, where all
+tasks of a node see the same memory. Then each task reads one block of the data, makes it into vectors, once, and holds
+all parts against it; what it tells is merged as it comes. So nobody holds the data set, and a task holds one block and
+one part.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray
 from numpy.typing import NDArray
+from ray.data import ActorPoolStrategy
 
 from pipelines.errors import DataError
 from pipelines.features import Extract, FeatureConfig
 from pipelines.fingerprint import SIZE, fingerprints
-from pipelines.images import Pixels, View
-from pipelines.manifest import Manifest, RowGroups
-from pipelines.neighbours import Block, Nearest, Queries, nearest
-from pipelines.storage import Folder
+from pipelines.images import Pixels
+from pipelines.neighbours import Block, Nearest, Queries, nearest, recut
+from pipelines.picture_sets import DataPictures
 
 BLOCK_BYTES = 128 << 20
 """What the vectors of a block may take."""
@@ -51,30 +52,10 @@ def block_rows(rows: int, numbers: int) -> int:
 
 
 @dataclass(frozen=True)
-class DataReader:
-    """Reads rows of a data set as the network saw them."""
-
-    folder: Folder
-    manifest: Manifest
-    view: View
-
-    def read(self, rows: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], Pixels]]:
-        """Yield rows, a few at a time, and their pictures; a picture that is unusable, and its row, are left out."""
-        kept: RowGroups = {}
-        for start in range(0, len(rows), PIECE_IMAGES):
-            asked = rows[start : start + PIECE_IMAGES]
-            found = self.manifest.read(self.folder, asked, self.view, kept=kept)
-            usable = found.row == asked  # what would stand in for it stands for itself
-            yield asked[usable], found.image[usable]
-            for key in list(kept)[:-1]:  # the next piece may go on in the last row group
-                del kept[key]
-
-
-@dataclass(frozen=True)
 class DataBlocks:
     """Reads the blocks of the data set that neighbours are looked for in."""
 
-    data: DataReader
+    data: DataPictures
     features: FeatureConfig
     dimensions: int
     """D, of the features."""
@@ -85,16 +66,16 @@ class DataBlocks:
 
     @property
     def count(self) -> int:
-        return -(-self.data.manifest.rows // self.block_rows)
+        return -(-self.data.n // self.block_rows)
 
     def __call__(self, block: int) -> Block:
-        rows = np.arange(block * self.block_rows, min((block + 1) * self.block_rows, self.data.manifest.rows))
+        rows = np.arange(block * self.block_rows, min((block + 1) * self.block_rows, self.data.n))
         rows = np.setdiff1d(rows, self.left_out, assume_unique=True)
         views = [np.empty((len(rows), self.dimensions)) for _ in range(1 + self.mirrored)]
         prints = [np.empty((len(rows), SIZE), np.uint8) for _ in views]
         found = np.empty(len(rows), np.int64)
         n = 0
-        for here, pixels in self.data.read(rows):
+        for here, pixels in self.data.pieces(rows, PIECE_IMAGES):
             part = slice(n, n := n + len(here))
             found[part] = here
             for view, print_, seen in zip(views, prints, (pixels, pixels[:, :, ::-1]), strict=False):
@@ -115,7 +96,11 @@ class Asked:
 
     @property
     def count(self) -> int:
-        return sum(self.sizes)
+        return int(self._starts[-1])
+
+    @cached_property
+    def _starts(self) -> NDArray[np.int64]:
+        return np.cumsum([0, *self.sizes])
 
     def __add__(self, other: "Asked") -> "Asked":
         if self.count and other.count and self.dimensions != other.dimensions:
@@ -133,33 +118,62 @@ class Asked:
         return Block(self._rows(part), [found.features], [found.fingerprint])
 
     def _rows(self, part: int) -> NDArray[np.int64]:
-        start = sum(self.sizes[:part])
-        return np.arange(start, start + self.sizes[part])
+        return np.arange(self._starts[part], self._starts[part + 1])
+
+
+class Read(NamedTuple):
+    """n pictures that are asked about."""
+
+    pixels: Pixels
+    """uint8 [n, H, W, C]."""
+    own: NDArray[np.int64]
+    """[n]: the row of the data that each is itself; -1 if none is."""
+    seed: NDArray[np.int64]
+    """[n], of a sample; otherwise -1."""
+    label: NDArray[np.int64]
+    """[n], of a sample; otherwise -1."""
 
 
 @dataclass(frozen=True)
 class Ask:
-    """The task: the number of a part to its vectors."""
+    """The task: the number of a file to the vectors of its pictures."""
 
-    read: Callable[[int], tuple[NDArray[np.int64], Pixels]]
-    """Returns what the own row of each picture is, and the pictures."""
+    read: Callable[[int], Read]
     features: FeatureConfig
 
     def __call__(self, row: dict[str, int]) -> dict[str, Any]:
-        own, pixels = self.read(row["id"])
+        pixels, own, seed, label = self.read(row["id"])
         parts = [vectors(pixels[i : i + PIECE_IMAGES], self.features) for i in range(0, len(own), PIECE_IMAGES)]
         features = np.concatenate(parts) if parts else np.empty((0, 0))
-        return {"own": own, "features": features, "fingerprint": fingerprints(pixels)}
+        return {"own": own, "seed": seed, "label": label, "features": features, "fingerprint": fingerprints(pixels)}
 
 
-def ask(read: Callable[[int], tuple[NDArray[np.int64], Pixels]], parts: int, features: FeatureConfig) -> Asked:
-    """Make pictures, read by ``read`` in parts 0..parts-1, into vectors in Ray's object store; the order is kept."""
+def ask(
+    read: Callable[[int], Read], files: int, images: int, features: FeatureConfig
+) -> tuple[Asked, NDArray[np.int64], NDArray[np.int64]]:
+    """Make pictures into vectors in Ray's object store; the order is kept.
+
+    Args:
+        read: reads the pictures of the files 0..files-1.
+        files: how many there are.
+        images: pictures in all of them.
+        features: what is made of each.
+
+    Returns:
+        The vectors, and the seed and the label of each picture, int64 [n].
+    """
+    seed, label = ([np.empty(0, np.int64)] for _ in range(2))
+
+    def queries() -> Iterator[Queries]:
+        for row in _in_order(Ask(read, features), files, features):
+            seed.append(row["seed"])
+            label.append(row["label"])
+            yield Queries(row["features"], row["own"], row["fingerprint"])
+
     asked = Asked([], [], 0)
-    for row in _in_order(Ask(read, features), parts):
-        queries = Queries(row["features"], row["own"], row["fingerprint"])
-        if len(queries.own):
-            asked += Asked([ray.put(queries)], [len(queries.own)], queries.features.shape[1])
-    return asked
+    for part in recut(queries(), lambda numbers: block_rows(images, numbers)):  # files may be tiny, or huge
+        asked += Asked([ray.put(part)], [len(part.own)], part.features.shape[1])
+    return asked, np.concatenate(seed), np.concatenate(label)
 
 
 @dataclass(frozen=True)
@@ -180,7 +194,9 @@ class Compare:
         return {"rows": len(block.row), **found._asdict()}
 
 
-def search(asked: Asked, read: Callable[[int], Block], blocks: int, k: int) -> tuple[Nearest, int]:
+def search(
+    asked: Asked, read: Callable[[int], Block], blocks: int, k: int, features: FeatureConfig | None = None
+) -> tuple[Nearest, int]:
     """Return the k nearest of what blocks 0..blocks-1 hold to each of those that are asked about, in their order.
 
     Args:
@@ -188,19 +204,43 @@ def search(asked: Asked, read: Callable[[int], Block], blocks: int, k: int) -> t
         read: reads a block; ``asked`` itself to look for neighbours among them, a part being a block.
         blocks: how many there are.
         k: how many neighbours.
+        features: what ``read`` makes of pictures, if it does.
 
     Returns:
         The nearest, and how many rows there were.
     """
     found, rows = Nearest.none(asked.count, k), 0
-    for told in _in_order(Compare(read, asked, k, read is asked), blocks):
+    for told in _in_order(Compare(read, asked, k, read is asked), blocks, features):
         rows += int(told["rows"])
         found = found.merged(Nearest(*(told[name] for name in Nearest._fields)))
     return found, rows
 
 
-def _in_order(task: Callable[[dict[str, int]], dict[str, Any]], count: int) -> Iterator[dict[str, Any]]:
-    if count:
-        dataset = ray.data.range(count, override_num_blocks=count).map(task)
-        dataset.context.execution_options.preserve_order = True
-        yield from dataset.iter_rows()
+class _Actor:
+    """Does a task, in a process that keeps what it has loaded for it."""
+
+    def __init__(self, task: Callable[[dict[str, int]], dict[str, Any]]) -> None:
+        self.task = task
+
+    def __call__(self, row: dict[str, int]) -> dict[str, Any]:
+        return self.task(row)
+
+
+def _in_order(
+    task: Callable[[dict[str, int]], dict[str, Any]], count: int, features: FeatureConfig | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield what a task makes of 0..count-1; one that makes use of features is done where these say."""
+    if not count:
+        return
+    numbers = ray.data.range(count, override_num_blocks=count)
+    if features is None or features.kind == "pixels":
+        dataset = numbers.map(task)
+    else:
+        dataset = numbers.map(
+            _Actor,
+            fn_constructor_args=(task,),
+            compute=ActorPoolStrategy(size=min(features.actors, count)),
+            num_gpus=1 if features.use_gpu else 0,
+        )
+    dataset.context.execution_options.preserve_order = True
+    yield from dataset.iter_rows()

@@ -7,9 +7,17 @@ from typing import Any
 
 from pipelines.entries import without_password
 from pipelines.errors import BrickyardError, ConfigurationError, TryAgainError
+from pipelines.features import FeatureConfig
 from pipelines.mlflow_door import be_brief
 
 log = logging.getLogger("brickyard.scoring")
+
+
+def suffix(features: FeatureConfig, reference_digest: str, lineage: dict[str, Any]) -> str:
+    """Return what the names of scores have behind them on record: by other features, or against other data than the
+    network learned from, they are no points of one curve."""
+    same = reference_digest == lineage.get("data_digest")
+    return features.suffix + ("" if same else f"_against_{reference_digest[:8]}")
 
 
 def record_score(uri: str, run_id: str, metric: str, value: float, lineage: dict[str, Any]) -> bool:

@@ -5,6 +5,7 @@ which rows can be among the nearest, with room for all that it may have rounded 
 from the differences, in an order that depends on nothing but D. Equal distances are ordered by the row.
 """
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -66,6 +67,34 @@ class Queries:
     def norms(self) -> NDArray[np.float64]:
         """‖q‖² [n]."""
         return norms(self.features)
+
+    def of(self, which: slice) -> "Queries":
+        """Return some of them."""
+        return Queries(self.features[which], self.own[which], self.fingerprint[which])
+
+
+def recut(several: Iterable[Queries], rows: Callable[[int], int]) -> Iterator[Queries]:
+    """Yield the same queries in parts of ``rows(D)``, of which the last may be smaller: what was read by files is not
+    searched by files, which may be tiny or huge."""
+    waiting: list[Queries] = []
+    n = 0
+    for queries in several:
+        start = 0
+        while start < len(queries.own):
+            size = rows(queries.features.shape[1])
+            part = queries.of(slice(start, start + size - n))
+            waiting.append(part)
+            start, n = start + len(part.own), n + len(part.own)
+            if n == size:
+                yield _joined(waiting)
+                waiting, n = [], 0
+    if waiting:
+        yield _joined(waiting)
+
+
+def _joined(several: list[Queries]) -> Queries:
+    features, own, fingerprint = zip(*((one.features, one.own, one.fingerprint) for one in several), strict=True)
+    return Queries(np.concatenate(features), np.concatenate(own), np.concatenate(fingerprint))
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pipelines.errors import ConfigurationError, DataError
 from pipelines.images import Pixels, View
-from pipelines.manifest import Manifest
+from pipelines.manifest import Manifest, RowGroups
 from pipelines.sample_set import MANIFEST, SampleSet
 from pipelines.storage import Folder
 
@@ -77,6 +77,17 @@ class DataPictures:
         if not usable.any():
             raise DataError(f"none of the pictures {start} to {stop - 1} of {self.folder.url} can be used")
         return Found(found.image[usable], found.label[usable], rows[usable])
+
+    def pieces(self, rows: NDArray[np.int64], at_once: int) -> Iterator[tuple[NDArray[np.int64], Pixels]]:
+        """Yield any rows, so many at once, and their pictures, less what is unusable: none may be left of a piece."""
+        kept: RowGroups = {}
+        for start in range(0, len(rows), at_once):
+            asked = rows[start : start + at_once]
+            found = self.manifest.read(self.folder, asked, self.view, kept=kept)
+            usable = found.row == asked  # what would stand in for it stands for itself
+            yield asked[usable], found.image[usable]
+            for key in list(kept)[:-1]:  # the next piece may go on in the last row group
+                del kept[key]
 
 
 @dataclass(frozen=True)
@@ -251,11 +262,14 @@ def _common_side(
 
 
 def _seen(folder: Folder, found: Manifest | SamplePictures, side: int, zoom: float) -> Pictures:
-    if isinstance(found, SamplePictures):
-        return found
-    if found.side and side * zoom > found.side:
+    return found if isinstance(found, SamplePictures) else as_seen(folder, found, side, zoom)
+
+
+def as_seen(folder: Folder, manifest: Manifest, side: int, zoom: float) -> DataPictures:
+    """Return the pictures of a data set as a network sees them that was shown its own with this side and zoom."""
+    if manifest.side and side * zoom > manifest.side:
         zoom = 1.0  # other data than the network learned from: there is nothing to cut off
-    return DataPictures(folder, found, View(side=side, channels=found.channels, zoom=zoom))
+    return DataPictures(folder, manifest, View(side=side, channels=manifest.channels, zoom=zoom))
 
 
 def _cannot(a: Folder, first: tuple[int, int, int], b: Folder, second: tuple[int, int, int]) -> DataError:

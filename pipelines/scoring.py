@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipelines.champion import promote, record_score
+from pipelines.champion import promote, record_score, suffix
 from pipelines.cluster import cluster
 from pipelines.errors import ConfigurationError, DataError
 from pipelines.intervals import STUDENT, TENTHS, standard_error
@@ -226,13 +226,9 @@ def score_job(job: ScoreJob) -> dict[str, Any]:
 
 
 def _named(job: ScoreJob, result: dict[str, Any]) -> dict[str, float]:
-    """Return what was measured by the names that it has on record: of other features, or against other data, others."""
-    against = "" if result["same_data_as_trained_on"] else f"_against_{result['reference_digest'][:8]}"
-    return {
-        name + job.features.suffix + against: result[name]
-        for name in VALUES
-        if name in result and np.isfinite(result[name])
-    }
+    """Return what was measured by the names that it has on record."""
+    behind = suffix(job.features, result["reference_digest"], result["lineage"])
+    return {name + behind: result[name] for name in VALUES if name in result and np.isfinite(result[name])}
 
 
 def dry_run(job: ScoreJob) -> dict[str, Any]:

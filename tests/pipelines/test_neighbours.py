@@ -6,7 +6,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from pipelines.errors import DataError
 from pipelines.fingerprint import fingerprint, fingerprints
-from pipelines.neighbours import Block, Nearest, Queries, nearest, squared_distances
+from pipelines.neighbours import Block, Nearest, Queries, nearest, recut, squared_distances
 
 Digits = tuple[np.ndarray, np.ndarray]
 
@@ -67,6 +67,19 @@ def test_no_bit_depends_on_the_blocks_or_their_order(
     whole = in_blocks(asked, base, [], k, mirrored=mirrored)
     for mine, theirs in zip(whole, in_blocks(asked, base, sorted(cuts), k, order, mirrored=mirrored), strict=True):
         assert mine.tobytes() == theirs.tobytes()
+
+
+@given(st.lists(st.integers(0, 9), max_size=12), st.integers(1, 12))
+def test_queries_are_cut_anew_whatever_files_they_were_in(digits: Digits, files: list[int], size: int) -> None:
+    n = sum(files)
+    whole = queries(digits[0][:120], np.arange(120)).of(slice(n))
+    ends = np.cumsum(files)
+    several = [whole.of(slice(end - one, end)) for one, end in zip(files, ends, strict=True)]
+    parts = list(recut(several, lambda numbers: size + numbers - 64))
+    assert [len(part.own) for part in parts] == [size] * (n // size) + [n % size] * (n % size > 0)
+    for name in ("own", "features", "fingerprint"):
+        joined = [getattr(part, name) for part in parts]
+        assert not n or np.concatenate(joined).tobytes() == getattr(whole, name).tobytes()
 
 
 def test_a_distance_depends_on_nothing_but_the_two(digits: Digits) -> None:

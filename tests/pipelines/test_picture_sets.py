@@ -5,7 +5,7 @@ import pytest
 
 from pipelines.errors import ConfigurationError, DamagedError, DataError
 from pipelines.images import View
-from pipelines.picture_sets import Pair
+from pipelines.picture_sets import Pair, as_seen
 from pipelines.storage import Folder
 from tests.pipelines.sets import write_data, write_samples
 
@@ -48,6 +48,17 @@ def test_data_are_seen_as_the_network_of_the_samples_saw_them(folder: Folder) ->
     assert pair.reference.digest == data.digest and pair.reference.folder == folder / "data"
     view = View(side=8, channels=1, zoom=1.25)
     assert as_set(pair.reference.read(0, 70).image) == as_set(np.stack([view.of_pixels(picture) for picture in LARGE]))
+
+
+@pytest.mark.usefixtures("alone")
+def test_any_rows_of_data_are_read_piece_by_piece(folder: Folder) -> None:
+    manifest = write_data(folder / "data", PIXELS)
+    data = as_seen(folder / "data", manifest, 8, 1.0)
+    rows = np.arange(3, 90, 2)
+    pieces = list(data.pieces(rows, 10))
+    assert [len(here) for here, _ in pieces] == [10, 10, 10, 10, 4]
+    assert np.concatenate([here for here, _ in pieces]).tolist() == rows.tolist()
+    np.testing.assert_array_equal(np.concatenate([some for _, some in pieces]), data.read(0, 90).image[rows])
 
 
 @pytest.mark.usefixtures("alone")
