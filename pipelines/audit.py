@@ -8,9 +8,7 @@ import hashlib
 import io
 import json
 import logging
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,9 +22,9 @@ from pipelines.audit_plan import AuditPlan, Control, plan_audit
 from pipelines.audit_search import PIECE_IMAGES, DataBlocks, Read, ask, block_rows, search
 from pipelines.champion import record_file, record_score
 from pipelines.cluster import cluster
-from pipelines.entries import without_password
 from pipelines.errors import ConfigurationError, DataError
 from pipelines.images import Pixels
+from pipelines.mlflow_door import named_here
 from pipelines.picture_sets import DataPictures
 from pipelines.sample_set import SampleSet
 
@@ -214,7 +212,10 @@ def audit_job(job: AuditJob) -> dict[str, Any]:
     """
     plan = plan_audit(job)
     lineage = plan.samples.lineage
-    uri = _named_here(str(lineage.get("tracking_uri", "none")), job.tracking.uri)
+    trained_at = str(lineage.get("tracking_uri", "none"))
+    uri = named_here(trained_at, job.tracking.uri)
+    if uri == "none" != trained_at:
+        log.info("not on record; to have it where the training is, set MLFLOW_TRACKING_URI=%s", trained_at)
     report = audit(plan)
     shares = {
         "copied_share": report["of_samples"]["copies"]["share"],
@@ -228,19 +229,6 @@ def audit_job(job: AuditJob) -> dict[str, Any]:
     if recorded := all(taken):
         recorded = record_file(uri, run, f"pairs-{lineage['position']}{plan.suffix}.png", plan.out.get(PAIRS))
     return {"audit": f"{plan.out.url}/{REPORT}", "pairs": f"{plan.out.url}/{PAIRS}", **report, "recorded": recorded}
-
-
-def _named_here(recorded: str, flag: str) -> str:
-    """Return the tracker that a flag or the environment names, or else the recorded one if that is a database here.
-    What samples say of themselves may be a stranger's word: nothing is sent, or made, where it points to."""
-    if uri := flag or os.environ.get("MLFLOW_TRACKING_URI", ""):
-        return uri
-    if recorded.startswith("sqlite:///") and Path(recorded.removeprefix("sqlite:///")).exists():
-        return recorded
-    if recorded not in ("", "none"):
-        where = without_password(recorded)
-        log.info("not on record; to have it where the training is, set MLFLOW_TRACKING_URI=%s", where)
-    return "none"
 
 
 def dry_run(job: AuditJob) -> dict[str, Any]:

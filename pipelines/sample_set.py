@@ -91,11 +91,6 @@ class SampleSet:
         return dict(json.loads(self.content))
 
     @property
-    def digest(self) -> str:
-        """The sha256 of the manifest, and so of all pictures."""
-        return hashlib.sha256(self.content).hexdigest()
-
-    @property
     def lineage(self) -> dict[str, Any]:
         """What all samples of the set have in common."""
         return dict(self.about["lineage"])
