@@ -14,9 +14,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.errors import DataError
+from pipelines.errors import DamagedError, DataError
 from pipelines.images import BadImageError, Pixels, decode, encode
 from pipelines.sample_config import Form
+from pipelines.sample_set import read_shard
 from pipelines.stamp import stamped
 from pipelines.storage import Folder
 
@@ -125,17 +126,16 @@ def check(
     name = shard_name(shard)
     data = _present(out, name)
     try:
-        table = pq.read_table(io.BytesIO(data), columns=["seed", "label", "image"])
-        found, labels = table["seed"].to_pylist(), table["label"].to_pylist()
-        images, lineage = table["image"].to_pylist(), json.loads(table.schema.metadata[b"brickyard"])
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        found = read_shard(data, f"{out.url}/{name}")
+    except DamagedError as error:
         raise DamagedShardError(f"{out.url}/{name} is damaged: {error}") from error
-    if found != list(seeds):
+    drawn = found.seed.tolist()
+    if drawn != list(seeds):
         raise DamagedShardError(f"{out.url}/{name} does not hold the seeds that it must")
     channels, height, width = shape
     try:
-        decode(images, "png", (height, width, channels))
-        beside = _beside(shard, found, labels, names, images, lineage, also)
+        decode(found.image, "png", (height, width, channels))
+        beside = _beside(shard, drawn, found.label.tolist(), names, found.image, found.lineage, also)
     except (BadImageError, DataError, ValueError, TypeError, IndexError) as error:
         raise DamagedShardError(f"{out.url}/{name} holds a picture that is none: {error}") from error
     try:
