@@ -24,7 +24,7 @@ from pipelines.champion import record_file, record_score
 from pipelines.cluster import cluster
 from pipelines.errors import ConfigurationError, DataError
 from pipelines.images import Pixels
-from pipelines.mlflow_door import named_here
+from pipelines.mlflow_door import to_record_at
 from pipelines.picture_sets import DataPictures
 from pipelines.sample_set import SampleSet
 
@@ -212,10 +212,7 @@ def audit_job(job: AuditJob) -> dict[str, Any]:
     """
     plan = plan_audit(job)
     lineage = plan.samples.lineage
-    trained_at = str(lineage.get("tracking_uri", "none"))
-    uri = named_here(trained_at, job.tracking.uri)
-    if uri == "none" != trained_at:
-        log.info("not on record; to have it where the training is, set MLFLOW_TRACKING_URI=%s", trained_at)
+    uri = to_record_at(str(lineage.get("tracking_uri", "none")), job.tracking.uri)
     report = audit(plan)
     shares = {
         "copied_share": report["of_samples"]["copies"]["share"],

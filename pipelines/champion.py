@@ -2,11 +2,12 @@
 
 import logging
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pipelines.entries import without_password
-from pipelines.errors import BrickyardError, ConfigurationError, TryAgainError
+from pipelines.errors import BrickyardError, TryAgainError
 from pipelines.features import FeatureConfig
 from pipelines.mlflow_door import be_brief
 
@@ -30,22 +31,27 @@ def record_score(uri: str, run_id: str, metric: str, value: float, lineage: dict
         value: of it.
         lineage: of the samples that it is of.
     """
-    if uri in ("", "none") or not run_id:
-        return False
-    be_brief()
-    from pipelines import mlflow_find, mlflow_models
 
-    try:
-        client = mlflow_find.client(without_password(uri))
-        mlflow_models.record_score(client, mlflow_find.run_of(client, run_id), metric, value, lineage)
-    except Exception as error:
-        log.warning("MLflow at %s did not take the score: %s", without_password(uri), error)
-        return False
-    return True
+    def write(client: Any, run: Any) -> None:
+        from pipelines import mlflow_models
+
+        mlflow_models.record_score(client, run, metric, value, lineage)
+
+    return _write(uri, run_id, metric, write)
 
 
 def record_file(uri: str, run_id: str, name: str, data: bytes) -> bool:
     """Add a file to a run that has ended. Return whether it was taken; a failing tracker is said, not raised."""
+
+    def write(client: Any, run: Any) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / name).write_bytes(data)
+            client.log_artifact(run.info.run_id, str(Path(folder) / name))
+
+    return _write(uri, run_id, name, write)
+
+
+def _write(uri: str, run_id: str, what: str, write: Callable[[Any, Any], None]) -> bool:
     if uri in ("", "none") or not run_id:
         return False
     be_brief()
@@ -53,12 +59,9 @@ def record_file(uri: str, run_id: str, name: str, data: bytes) -> bool:
 
     try:
         client = mlflow_find.client(without_password(uri))
-        run = mlflow_find.run_of(client, run_id)
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / name).write_bytes(data)
-            client.log_artifact(run.info.run_id, str(Path(folder) / name))
+        write(client, mlflow_find.run_of(client, run_id))
     except Exception as error:
-        log.warning("MLflow at %s did not take %s: %s", without_password(uri), name, error)
+        log.warning("MLflow at %s did not take %s: %s", without_password(uri), what, error)
         return False
     return True
 
@@ -77,15 +80,9 @@ def promote(uri: str, run_id: str, name: str, result: dict[str, Any], metric: st
         ``promoted``, and ``why`` or why not.
 
     Raises:
-        ConfigurationError: if it is not on record where the network comes from.
         BrickyardError: if the tracker will not do as it is told.
         TryAgainError: if it may later.
     """
-    if uri in ("", "none") or not run_id:
-        raise ConfigurationError(
-            f"promote is {name!r}; the run that trained this network is in no MLflow, so it has no model to promote: "
-            "train with --tracking.uri"
-        )
     be_brief()
     from pipelines import mlflow_find, mlflow_models
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 TIMEOUT_S = "5"
 """For an answer to a request."""
 
+log = logging.getLogger("brickyard.tracking")
+
 
 def reach(uri: str) -> str:
     """Return what a tracking URI answers, in a few words, having changed nothing there."""
@@ -72,6 +74,14 @@ def named_here(recorded_uri: str, flag: str) -> str:
     except OSError:  # it is no path at all
         is_here = False
     return recorded_uri if is_here else "none"
+
+
+def to_record_at(recorded_uri: str, flag: str) -> str:
+    """Return where to record what came of samples or of a checkpoint, as :func:`named_here`; nowhere is said."""
+    uri = named_here(recorded_uri, flag)
+    if uri == "none" != recorded_uri:
+        log.info("not on record; to have it where the training is, set MLFLOW_TRACKING_URI=%s", recorded_uri)
+    return uri
 
 
 def be_brief() -> None:

@@ -1,6 +1,5 @@
 """The record of a sampling job: a run of its own in MLflow, linked to the run that trained the network."""
 
-import logging
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,14 +9,12 @@ from pathlib import Path
 from pipelines import run_folder
 from pipelines.entries import ModelInput
 from pipelines.lineage import ray_job
-from pipelines.mlflow_door import named_here
+from pipelines.mlflow_door import to_record_at
 from pipelines.plain import flatten, to_dict, to_yaml
 from pipelines.sample_config import SampleJob
 from pipelines.sample_plan import SamplePlan, identity
 from pipelines.storage import Folder
 from pipelines.tracking import Tracker, ending, open_tracker
-
-log = logging.getLogger("brickyard.sampling")
 
 
 @contextmanager
@@ -28,11 +25,7 @@ def recorded(job: SampleJob, plan: SamplePlan) -> Iterator[Tracker]:
         job: the job.
         plan: what it draws.
     """
-    trained_at = plan.lineage["tracking_uri"]
-    # What a checkpoint says of itself may be a stranger's word: nothing is sent, or made, where it points to.
-    uri = named_here(trained_at, job.tracking.uri)
-    if uri == "none" != trained_at:
-        log.info("not on record; to have it where the training is, set MLFLOW_TRACKING_URI=%s", trained_at)
+    uri = to_record_at(plan.lineage["tracking_uri"], job.tracking.uri)
     if uri == "none":
         yield Tracker()
         return

@@ -6,7 +6,6 @@ What is added up over the pictures is in :mod:`pipelines.moments`, what holds ev
 """
 
 import logging
-import os
 from collections.abc import Callable
 from itertools import chain
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from pipelines.champion import promote, record_score, suffix
 from pipelines.cluster import cluster
 from pipelines.errors import ConfigurationError, DataError
 from pipelines.intervals import STUDENT, TENTHS, standard_error
-from pipelines.mlflow_door import check_trusted
+from pipelines.mlflow_door import named_here, to_record_at
 from pipelines.moments import Moments, frechet_distance, frechet_distances, merged
 from pipelines.pair_scores import Kept, check_neighbours, hold_against
 from pipelines.pairs import Tables
@@ -195,31 +194,24 @@ def score_job(job: ScoreJob) -> dict[str, Any]:
 
     Raises:
         DataError: if the sets cannot be used.
-        ConfigurationError: if a network is to be promoted, and the samples are of none.
+        ConfigurationError: if a network is to be promoted, and none can be.
         TryAgainError: if the network was to be promoted, and MLflow does not answer.
     """
     result = score(job)
     lineage, drawn_by = result["lineage"], result.pop("drawn_by")
     if not (lineage and result["reference_is_data"]):
-        if job.promote:
-            raise ConfigurationError(
-                f"promote is {job.promote!r}; a champion is the network of samples that are held against data, and "
-                f"{result['reference'] if lineage else result['samples']} is {'no data' if lineage else 'no samples'}"
-            )
         log.info("the scores are not recorded: they hold no samples against data")
         return result | {"recorded": False}
-    chosen = job.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
     measured_on = lineage | {"data_digest": result["reference_digest"], "data_url": result["reference"]}
     recorded = []
     for uri, run in ([lineage["tracking_uri"], lineage["tracking_run"]], drawn_by):
         if run:
-            if not chosen:
-                check_trusted(uri)
-            values = _named(job, result).items()
-            recorded += [record_score(chosen or uri, run, name, value, measured_on) for name, value in values]
+            to, values = to_record_at(uri, job.tracking.uri), _named(job, result).items()
+            recorded += [record_score(to, run, name, value, measured_on) for name, value in values]
     result |= {"recorded": bool(recorded) and all(recorded)}
     if job.promote:
-        verdict = promote(chosen or lineage["tracking_uri"], lineage["tracking_run"], job.promote, result, METRIC)
+        to = named_here(lineage["tracking_uri"], job.tracking.uri)
+        verdict = promote(to, lineage["tracking_run"], job.promote, result, METRIC)
         log.info("%s", verdict["why"])
         result |= verdict
     return result
@@ -250,4 +242,27 @@ def _pair(job: ScoreJob) -> Pair:
     check_neighbours(job, (pair.samples.n, pair.reference.n))
     if "frechet" in job.metrics and min(pair.samples.n, pair.reference.n) < 2:
         raise DataError("a Fréchet distance needs at least two pictures on each side")
+    if job.promote:
+        _check_promotable(job, pair)
     return pair
+
+
+def _check_promotable(job: ScoreJob, pair: Pair) -> None:
+    """Refuse what could never be promoted before it is measured for long."""
+    lineage, said = pair.samples.lineage, f"promote is {job.promote!r}"
+    if not (lineage and isinstance(pair.reference, DataPictures)):
+        raise ConfigurationError(
+            f"{said}; a champion is the network of samples that are held against data, and "
+            + (f"{pair.reference.folder.url} is no data" if lineage else f"{pair.samples.folder.url} is no samples")
+        )
+    trained_at, run = lineage["tracking_uri"], lineage["tracking_run"]
+    if not run or (trained_at, job.tracking.uri) == ("none", ""):
+        raise ConfigurationError(
+            f"{said}; the run that trained this network is in no MLflow, so it has no model to promote: train with "
+            "--tracking.uri"
+        )
+    if named_here(trained_at, job.tracking.uri) == "none":
+        raise ConfigurationError(
+            f"{said}; the run that trained this network is recorded at {trained_at}, which is not named here: set "
+            f"MLFLOW_TRACKING_URI={trained_at} if it is to be asked"
+        )

@@ -1,5 +1,6 @@
 """A consumer that stands still is not read for without end: what waits for it is bounded by memory, not by the run."""
 
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,3 +67,10 @@ def test_what_is_read_ahead_is_bounded(tmp_path: Path, alone: None, small_cluste
     # It goes on, and so do they.
     while len(begun.names()) <= 2 * seen:
         next(stream)
+
+    # Who reads no further leaves no thread of Ray's behind, that the end of the cluster would surprise in a wait.
+    stream.close()
+    for thread in threading.enumerate():
+        if thread.name == "iter_threaded":
+            thread.join(timeout=60)
+            assert not thread.is_alive()

@@ -19,7 +19,7 @@ from pipelines.features import FeatureConfig, pixel_features
 from pipelines.manifest import Manifest
 from pipelines.moments import Moments, frechet_distance
 from pipelines.score_config import ScoreJob
-from pipelines.scoring import score, score_job
+from pipelines.scoring import dry_run, score, score_job
 from pipelines.storage import Folder
 from pipelines.tracking import open_tracker, resolve_uri
 from pipelines.tracking_config import TrackingConfig
@@ -172,6 +172,24 @@ def test_two_sets_of_samples_and_two_data_sets_are_compared_too(root: Folder, fo
         score_job(ScoreJob(samples=data, reference=samples, promote="m"))
     with pytest.raises(ConfigurationError, match=r"promote is 'm'; a champion .* held against data, and .* is no data"):
         score_job(ScoreJob(samples=samples, reference=samples, promote="m"))
+
+
+@pytest.mark.parametrize(
+    ("recorded", "environment", "message"),
+    [
+        ({"tracking_uri": "none", "tracking_run": "an id"}, "", "is in no MLflow, so it has no model to promote"),
+        ({"tracking_uri": "http://a.example", "tracking_run": ""}, "http://a.example", "is in no MLflow"),
+        ({"tracking_uri": "http://a.example", "tracking_run": "an id"}, "", "set MLFLOW_TRACKING_URI=http://a.example"),
+    ],
+)
+def test_what_could_never_be_promoted_is_not_measured_first(
+    root: Folder, folder: Folder, pixels: dict[str, Any], monkeypatch: pytest.MonkeyPatch, recorded: dict[str, str],
+    environment: str, message: str,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", environment)
+    samples = write_samples(folder, pixels["samples"], data_url=(root / "data").url, **recorded)
+    with pytest.raises(ConfigurationError, match=message):
+        dry_run(ScoreJob(samples=samples.url, promote="m"))
 
 
 def test_some_pictures_of_each_set_may_stand_for_all(root: Folder) -> None:
