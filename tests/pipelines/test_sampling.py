@@ -28,11 +28,12 @@ from pipelines.ingest import ingest
 from pipelines.ingest_plan import IngestConfig, IngestPlan
 from pipelines.moments import Moments, frechet_distance
 from pipelines.plain import to_dict
+from pipelines.read_back import verify
 from pipelines.replay import ReplayJob
 from pipelines.replay import dry_run as waits_for
 from pipelines.sample_config import SampleJob
 from pipelines.sample_plan import plan_samples
-from pipelines.sampling import draw_samples, dry_run, sample_job, verify
+from pipelines.sampling import draw_samples, dry_run, sample_job
 from pipelines.score_config import ScoreJob
 from pipelines.scoring import score_job
 from pipelines.stamp import stamp_of
