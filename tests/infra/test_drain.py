@@ -176,6 +176,19 @@ def test_a_recommendation_counts_if_it_is_to(imds: Service, ray_that_notes: Path
     assert command[-1] == "--deadline-remaining-seconds=600" and "2026-11-26T08:22:00Z" in command[-2]
 
 
+@pytest.mark.parametrize("refusals", [0, 1])
+def test_told_to_it_drains_at_once(refusals: int, ray_that_notes: Path) -> None:
+    """As before the end of a pod, which does not wait for longer than was said, nor if the cluster refuses."""
+    (ray_that_notes.parent / "refusals").write_text(str(refusals))
+    done = subprocess.run(
+        [sys.executable, DRAIN, "--seconds=2", "--address=head:6379", f"--node-id={NODE}"],
+        env={"PATH": str(ray_that_notes)}, check=False, timeout=60, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert done.returncode == refusals
+    (command,) = asked(ray_that_notes)
+    assert command[-1] == "--deadline-remaining-seconds=2" and f"--node-id={NODE}" in command
+
+
 def test_seconds_left(imds: Service, drain: Any) -> None:
     """To the second, never none at all, and the interruption before the recommendation."""
     metadata, end = drain.Metadata(imds.url), datetime(2026, 11, 26, 8, 22, tzinfo=UTC)

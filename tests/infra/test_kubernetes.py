@@ -130,7 +130,9 @@ def test_secrets_are_mounted_and_none_is_written_down(name: str) -> None:
             assert not re.search(r"password|://[^/]*:[^/]*@", str(one["data"]), re.IGNORECASE)
     for _, mapping in mappings(resources):
         if "runtimeEnvYAML" in mapping:
-            assert set(yaml.safe_load(mapping["runtimeEnvYAML"])) == {"working_dir"}
+            said = yaml.safe_load(mapping["runtimeEnvYAML"])
+            assert set(said) <= {"working_dir", "env_vars"}
+            assert set(said.get("env_vars", {})) <= {"BRICKYARD_GIT_REVISION"}
 
 
 def _secrets(resources: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
@@ -288,6 +290,7 @@ def _policies(name: str) -> list[dict[str, Any]]:
         (RAY, "169.254.169.254", 443, False),
         (RAY, "kube-system", 53, True),
         (STRANGER, "1.2.3.4", 443, False),
+        ("default", STRANGER, 80, False),
     ],
 )
 def test_who_may_speak_to_whom(name: str, one: Peer, other: Peer, port: int, may: bool) -> None:
