@@ -20,7 +20,7 @@ import ray.data
 import torch
 from ray.data import ActorPoolStrategy
 
-from pipelines import sample_shards
+from pipelines import metrics, sample_shards
 from pipelines.cluster import cluster
 from pipelines.draw_shard import DrawShard
 from pipelines.errors import BrickyardError, DataError
@@ -101,9 +101,11 @@ def _draw_and_finish(plan: SamplePlan, missing: list[int], slot: Slot | None, tr
     read = ReadBack(
         plan.out, plan.seeds, plan.draw.shard_images, plan.trained.checkpoint.shape, plan.also, plan.trained.labels
     )
-    with cluster():
+    # The slots of a schedule are many; Prometheus hears of the schedule.
+    name = plan.out.url.split("/")[-2] if slot else plan.out.name
+    with cluster(), metrics.at_work(name):
         for attempt in range(ROUNDS):
-            drawn += _draw(plan, missing, attempt > 0, slot)
+            drawn += _draw(plan, missing, attempt > 0, slot, name)
             missing = []
             for shard, found in _read_back(read, [shard for shard in range(plan.shards) if shard not in files]):
                 if isinstance(found, str):
@@ -119,8 +121,8 @@ def _draw_and_finish(plan: SamplePlan, missing: list[int], slot: Slot | None, tr
     return drawn
 
 
-def _draw(plan: SamplePlan, shards: list[int], anew: bool, slot: Slot | None) -> int:
-    """Draw shards, those that are there too if ``anew``; return how many images."""
+def _draw(plan: SamplePlan, shards: list[int], anew: bool, slot: Slot | None, name: str) -> int:
+    """Draw shards, those that are there too if ``anew``; return how many images. Prometheus knows them by a name."""
     if not shards:
         return 0
     actors = min(plan.draw.actors, len(shards))
@@ -134,13 +136,17 @@ def _draw(plan: SamplePlan, shards: list[int], anew: bool, slot: Slot | None) ->
         compute=ActorPoolStrategy(min_size=1, max_size=actors, initial_size=actors),
         num_gpus=1 if plan.draw.use_gpu else 0,
     )
-    progress = SampleProgress(sum(len(plan.shard_seeds(shard)) for shard in shards))
-    drawn = 0
+    wanted, drawn = sum(len(plan.shard_seeds(shard)) for shard in shards), 0
+    progress = SampleProgress(wanted)
+    metrics.SAMPLES_LEFT.set(name, wanted)
     for row in dataset.iter_rows():
         if slot:
             slot.check()
         drawn += row["images"]
         progress.update(row["images"])
+        metrics.SAMPLES.add(name, row["images"])
+        metrics.SAMPLES_LEFT.set(name, wanted - drawn)
+    metrics.SAMPLES_LEFT.set(name, 0)  # what an actor had written before it died is not told again
     return drawn
 
 
