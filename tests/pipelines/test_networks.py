@@ -123,6 +123,9 @@ def test_the_newest_checkpoint_is_the_one_that_a_folder_was_begun_with(tmp_path:
     manifest = Path((home / "checkpoint-000000000256").path("manifest.json"))
     manifest.write_text(manifest.read_text().replace('"position": 128', '"position": 256'))
     assert Trained.find(home.url).digest != begun.digest
+    asked_by_its_place = replace(job, checkpoint=Trained.find(home.url).folder.url)
+    with pytest.raises(ConfigurationError, match="holds other samples: their checkpoint_digest"):
+        claim(plan_samples(asked_by_its_place))
     again = plan_samples(job)
     assert again.trained.digest == begun.digest
     claim(again)
