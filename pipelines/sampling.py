@@ -21,7 +21,7 @@ import ray.data
 import torch
 from ray.data import ActorPoolStrategy
 
-from pipelines import metrics, sample_shards
+from pipelines import sample_shards
 from pipelines.cluster import cluster
 from pipelines.draw_shard import DrawShard
 from pipelines.errors import BrickyardError, DataError
@@ -100,11 +100,9 @@ def _draw_and_finish(plan: SamplePlan, missing: list[int], slot: Slot | None, tr
     read = ReadBack(
         plan.out, plan.seeds, plan.draw.shard_images, plan.trained.checkpoint.shape, plan.also, plan.trained.labels
     )
-    # The slots of a schedule are many; Prometheus hears of the schedule.
-    name = plan.out.url.split("/")[-2] if slot else plan.out.name
-    with cluster(), metrics.at_work(name):
+    with cluster():
         for attempt in range(ROUNDS):
-            rows = chain(_draw(plan, missing, attempt > 0, read, slot, name), read.all(present))
+            rows = chain(_draw(plan, missing, attempt > 0, read, slot), read.all(present))
             missing, present = [], []
             for row in rows:
                 drawn += row.get("images", 0)
@@ -122,12 +120,9 @@ def _draw_and_finish(plan: SamplePlan, missing: list[int], slot: Slot | None, tr
 
 
 def _draw(
-    plan: SamplePlan, shards: list[int], anew: bool, read: ReadBack, slot: Slot | None, name: str
+    plan: SamplePlan, shards: list[int], anew: bool, read: ReadBack, slot: Slot | None
 ) -> Iterator[dict[str, Any]]:
-    """Draw shards, those that are there too if ``anew``, and read each back while the next ones are drawn.
-
-    Prometheus knows them by a name.
-    """
+    """Draw shards, those that are there too if ``anew``, and read each back while the next ones are drawn."""
     if not shards:
         return
     actors = min(plan.draw.actors, len(shards))
@@ -143,18 +138,12 @@ def _draw(
         )
         .map(read, num_cpus=0)  # so that there is room for it, whatever the actors take
     )
-    left = sum(len(plan.shard_seeds(shard)) for shard in shards)
-    progress = SampleProgress(left)
-    metrics.SAMPLES_LEFT.set(name, left)
+    progress = SampleProgress(sum(len(plan.shard_seeds(shard)) for shard in shards))
     for row in dataset.iter_rows():
         if slot:
             slot.check()
         progress.update(row["images"])
-        left -= row["images"]
-        metrics.SAMPLES.add(name, row["images"])
-        metrics.SAMPLES_LEFT.set(name, left)
         yield row
-    metrics.SAMPLES_LEFT.set(name, 0)  # what an actor had written before it died is not told again
 
 
 def _finish(plan: SamplePlan, files: list[dict[str, Any]], check: Callable[[], None], tracker: Tracker) -> None:
