@@ -3,9 +3,10 @@
     python benchmarks/kills.py --checkpoint yard/runs/digits --root /tmp/brickyard-kills
 
 The job, on a Ray of its own, runs once undisturbed. Then SIGKILL meets all of its processes at once, as soon as so many
-of its shards are there, and it is fired again. Each actor leaves word of each batch that it has drawn. Told are the
-shards that had been drawn to their end and were not there (at most one for each actor), the images of all that was
-drawn for nothing, and the seconds of both firings beyond those of the undisturbed one: most of that is a second start.
+of its batches have been drawn, and it is fired again. Each actor leaves word of each batch.
+Told are the shards that had been drawn to their end and were not there (at most one for each actor), the images of all
+that was drawn for nothing, and the seconds of both firings beyond those of the undisturbed one, of which most is a
+second start.
 """
 
 import json
@@ -32,11 +33,11 @@ class Settings:
     root: Path
     """Folder for the samples; it must be new or empty."""
     shards: int = 16
-    shard_images: int = 256
-    batch_images: int = 64
+    shard_images: int = 128
+    batch_images: int = 32
     actors: int = 2
-    at: tuple[int, ...] = (1, 4, 8, 12, 15)
-    """Shards that are there when the job is killed."""
+    at: tuple[int, ...] = (3, 14, 25, 36, 47, 58)
+    """Batches that have been drawn when the job is killed, of four to a shard: in each quarter of one."""
 
 
 def start(settings: Settings, out: Path) -> subprocess.Popen[str]:
@@ -73,7 +74,7 @@ def main() -> None:
     for at in settings.at:
         out, began = settings.root / f"killed-at-{at}", time.monotonic()
         process = start(settings, out)
-        while len(there(out)) < at:
+        while len(drawn(beside(str(out)))) < at:
             assert process.poll() is None
             time.sleep(0.01)
         kill(process)
@@ -85,7 +86,7 @@ def main() -> None:
         assert second == (settings.shards - len(kept)) * settings.shard_images, "none is stored twice"
         extra = time.monotonic() - began - undisturbed
         print(
-            f"killed with {len(kept)} shards there: {len(whole)} shards were drawn to their end twice, "
+            f"killed at {at} batches, with {len(kept)} shards there: {len(whole)} shards drawn to their end twice, "
             f"{sum(lost.values()) * settings.batch_images} images for nothing, {extra:.1f} s more",
             flush=True,
         )
