@@ -223,11 +223,9 @@ def audit_job(job: AuditJob) -> dict[str, Any]:
     measured_on = lineage | {"data_digest": plan.data.digest, "data_url": plan.data.folder.url}
     values = {name + plan.suffix: value for name, value in shares.items() if value is not None}
     taken = [record_score(uri, run, name, value, measured_on) for name, value in values.items()]
-    log.info(
-        "audit: %d of %d samples are copies, %d are near-duplicates; see %s/%s",
-        report["of_samples"]["copies"]["count"], report["samples_n"], report["near_duplicates"]["count"],
-        plan.out.url, PAIRS,
-    )  # fmt: skip
+    copied, near = (100 * shares[name] for name in ("copied_share", "near_duplicate_share"))
+    said = "audit: %.4g %% of the samples are copies, %.4g %% near-duplicates; see %s/%s"
+    log.info(said, copied, near, plan.out.url, PAIRS)
     if recorded := all(taken):
         recorded = record_file(uri, run, f"pairs-{lineage['position']}{plan.suffix}.png", plan.out.get(PAIRS))
     return {"audit": f"{plan.out.url}/{REPORT}", "pairs": f"{plan.out.url}/{PAIRS}", **report, "recorded": recorded}
