@@ -96,7 +96,7 @@ def _draw_and_finish(plan: SamplePlan, missing: list[int], slot: Slot | None, tr
     """Draw what is missing, read everything back, draw what is damaged, and finish. Return how many were drawn."""
     log.info("sample: %d seeds in %d shards, %d to draw", len(plan.seeds), plan.shards, len(missing))
     drawn, files = 0, dict[int, dict[str, Any]]()
-    present = [shard for shard in range(plan.shards) if shard not in set(missing)]
+    present = sorted(set(range(plan.shards)).difference(missing))
     check = slot.check if slot else lambda: None
     read = ReadBack(
         plan.out, plan.seeds, plan.draw.shard_images, plan.trained.checkpoint.shape, plan.also, plan.trained.labels
