@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from tests.infra.tools import BIN, INFRA
+from tests.processes import kill, wait_for
 
 DRAIN = INFRA / "image" / "drain.py"
 NOTICE, ADVICE = "/latest/meta-data/spot/instance-action", "/latest/meta-data/events/recommendations/rebalance"
@@ -111,27 +112,36 @@ def ray_that_notes(tmp_path: Path) -> Path:
     return fake.parent
 
 
-def watching(imds: Service, fake: Path, *flags: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, DRAIN, "--watch", "--every=0.05", "--address=head:6379", f"--node-id={NODE}", *flags],
-        env={"PATH": str(fake), "AWS_EC2_METADATA_SERVICE_ENDPOINT": imds.url}, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+Watching = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def watching(imds: Service, ray_that_notes: Path) -> Iterator[Watching]:
+    """Starts a watcher, which is not left behind by a test that fails."""
+    started: list[subprocess.Popen[str]] = []
+
+    def one(*flags: str) -> subprocess.Popen[str]:
+        command = [sys.executable, DRAIN, "--watch", "--every=0.05", "--address=head:6379", f"--node-id={NODE}", *flags]
+        environment = {"PATH": str(ray_that_notes), "AWS_EC2_METADATA_SERVICE_ENDPOINT": imds.url}
+        started.append(
+            subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        )
+        return started[-1]
+
+    yield one
+    for process in started:
+        kill(process)
 
 
 def asked(fake: Path) -> list[list[str]]:
     return [json.loads(line) for line in (fake.parent / "asked").read_text().splitlines()]
 
 
-def wait_until(condition: Any, process: subprocess.Popen[str]) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.02)
-
-
-def test_it_drains_when_the_notice_comes_and_not_before(imds: Service, ray_that_notes: Path) -> None:
-    process = watching(imds, ray_that_notes)
-    wait_until(lambda: len(imds.asked) > 3, process)
+def test_it_drains_when_the_notice_comes_and_not_before(
+    imds: Service, ray_that_notes: Path, watching: Watching
+) -> None:
+    process = watching()
+    wait_for(lambda: len(imds.asked) > 3, process)
     assert not (ray_that_notes.parent / "asked").exists() and len(imds.tokens) == 1
     imds.announce(120)
     assert process.wait(timeout=60) == 0
@@ -142,9 +152,9 @@ def test_it_drains_when_the_notice_comes_and_not_before(imds: Service, ray_that_
     assert set(imds.asked) == {NOTICE}, "the recommendation is not asked for unless it counts"
 
 
-def test_a_token_that_has_run_out_is_asked_for_again(imds: Service, ray_that_notes: Path) -> None:
-    process = watching(imds, ray_that_notes)
-    wait_until(lambda: len(imds.asked) > 1, process)
+def test_a_token_that_has_run_out_is_asked_for_again(imds: Service, ray_that_notes: Path, watching: Watching) -> None:
+    process = watching()
+    wait_for(lambda: len(imds.asked) > 1, process)
     imds.forgotten = len(imds.tokens)
     imds.announce(120)
     assert process.wait(timeout=60) == 0
@@ -152,26 +162,30 @@ def test_a_token_that_has_run_out_is_asked_for_again(imds: Service, ray_that_not
 
 
 @pytest.mark.parametrize("code", [500, 503])
-def test_a_service_that_fails_is_asked_again(code: int, imds: Service, ray_that_notes: Path) -> None:
+def test_a_service_that_fails_is_asked_again(
+    code: int, imds: Service, ray_that_notes: Path, watching: Watching
+) -> None:
     imds.broken = code
     imds.announce(120)
-    process = watching(imds, ray_that_notes)
-    wait_until(lambda: len(imds.asked) > 1, process)
+    process = watching()
+    wait_for(lambda: len(imds.asked) > 1, process)
     imds.broken = 0
     assert process.wait(timeout=60) == 0
     assert len(asked(ray_that_notes)) == 1
 
 
-def test_a_cluster_that_does_not_take_it_is_asked_again(imds: Service, ray_that_notes: Path) -> None:
+def test_a_cluster_that_does_not_take_it_is_asked_again(
+    imds: Service, ray_that_notes: Path, watching: Watching
+) -> None:
     (ray_that_notes.parent / "refusals").write_text("2")
     imds.announce(120)
-    assert watching(imds, ray_that_notes).wait(timeout=60) == 0
+    assert watching().wait(timeout=60) == 0
     assert len(asked(ray_that_notes)) == 3
 
 
-def test_a_recommendation_counts_if_it_is_to(imds: Service, ray_that_notes: Path) -> None:
+def test_a_recommendation_counts_if_it_is_to(imds: Service, ray_that_notes: Path, watching: Watching) -> None:
     imds.said[ADVICE] = json.dumps({"noticeTime": "2026-11-26T08:22:00Z"})
-    assert watching(imds, ray_that_notes, "--rebalance=600").wait(timeout=60) == 0
+    assert watching("--rebalance=600").wait(timeout=60) == 0
     (command,) = asked(ray_that_notes)
     assert command[-1] == "--deadline-remaining-seconds=600" and "2026-11-26T08:22:00Z" in command[-2]
 
