@@ -22,7 +22,7 @@ from pipelines.manifest import Manifest
 from pipelines.plan import Plan, window_batches
 from pipelines.storage import Folder
 from tests.jobs import recorded
-from tests.processes import CODE, kill, of_session, wait_for, without_ray
+from tests.processes import CODE, kill, of_session, of_this_cluster, wait_for, without_ray
 
 pytestmark = [
     pytest.mark.ray,
@@ -87,7 +87,8 @@ class Job:
             self.process = subprocess.Popen(
                 [sys.executable, *script, "digits", f"--root={root}", *FLAGS, *flags],
                 cwd=CODE, text=True, stdout=subprocess.PIPE, stderr=log, start_new_session=True,
-                env=without_ray() | QUICK | {"RAY_ADDRESS": yard.cluster.address, "OMP_NUM_THREADS": "1"},
+                env=without_ray() | of_this_cluster() | QUICK
+                | {"RAY_ADDRESS": yard.cluster.address, "OMP_NUM_THREADS": "1"},
             )  # fmt: skip
 
     @property
