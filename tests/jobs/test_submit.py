@@ -38,7 +38,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, s3_server: str) -> Iterato
     """A head node with a dashboard on loopback, in the foreground of a process that is ended by its own id; as nodes of
     a cluster do, it has the rights to read a bucket."""
     assert not ray.is_initialized(), "one Ray cluster at a time"
-    port, dashboard = free_port(), free_port()
+    port, dashboard, agent = free_port(), free_port(), free_port()
     home = tmp_path_factory.mktemp("home")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {
@@ -50,24 +50,25 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, s3_server: str) -> Iterato
     (home / ".ray" / "auth_token").write_text(TOKEN)
     head = subprocess.Popen(
         [BIN / "ray", "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}",
+         f"--dashboard-agent-listen-port={agent}",
          "--dashboard-host=127.0.0.1", "--include-dashboard=true", "--num-cpus=6", "--disable-usage-stats",
          f"--temp-dir={tmp_path_factory.mktemp('r')}"],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     address = f"http://127.0.0.1:{dashboard}"
     try:
-        wait_until_it_answers(address, head)
+        wait_until_it_answers(f"{address}/api/version", head)
+        # A job is refused with "no available agent" 10 s after it was submitted, if that is still starting.
+        wait_until_it_answers(f"http://127.0.0.1:{agent}/api/local_raylet_healthz", head)
         yield environment | {"RAY_API_SERVER_ADDRESS": address}
     finally:
         head.terminate()
         head.wait(timeout=60)
 
 
-def wait_until_it_answers(address: str, head: subprocess.Popen[str]) -> None:
+def wait_until_it_answers(url: str, head: subprocess.Popen[str]) -> None:
     end = time.monotonic() + 120
-    request = urllib.request.Request(
-        f"{address}/api/version", headers={"Authorization": f"Bearer {'0123456789abcdef' * 4}"}
-    )
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {TOKEN}"})
     while time.monotonic() < end:
         assert head.poll() is None, head.stdout.read()  # type: ignore[union-attr]
         try:
