@@ -106,7 +106,8 @@ def test_each_seed_is_there_once_and_the_folder_verifies(run: Folder, samples: F
     assert len(set(found.values())) == 25
     every = decode([found[seed] for seed in sorted(found)], "png", (8, 8, 1))
     assert every.std() > 10
-    assert folder.get("contact-sheet.png") == encode(contact_sheet(every), "png"), "of several shards"
+    of_several_shards = folder.get("contact-sheet.png") == encode(contact_sheet(every), "png")
+    assert of_several_shards  # pytest would take minutes to tell two PNGs apart
     assert verify(folder) == {"samples": folder.url, "verified": 25}
     assert {"contact-sheet.png", "strip.png", "manifest.json", "_SUCCESS"} <= set(folder.names())
     lineage = json.loads(pq.read_schema(io.BytesIO(folder.get("part-000000.parquet"))).metadata[b"brickyard"])
