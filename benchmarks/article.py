@@ -14,7 +14,8 @@ import tyro
 from matplotlib.figure import Figure, SubFigure  # no pyplot: nothing global, and no window
 
 from pipelines.images import Pixels, grid
-from pipelines.sampling import MANIFEST, read_samples
+from pipelines.sample_set import MANIFEST
+from pipelines.sample_shards import read_samples
 from pipelines.scoring import METRIC
 from pipelines.storage import Folder
 

@@ -83,7 +83,7 @@ def stack(settings: Settings, run: int) -> float:
         check=True,
         env=os.environ | {"RAY_worker_niceness": "0"},
     )
-    tracked = json.loads(done.stdout.splitlines()[-1])["tracking_run"]
+    tracked = json.loads(done.stdout.splitlines()[-1])["mlflow_run"]
     query = "select value from metrics where run_uuid = ? and key = 'images_per_s' order by step"
     with closing(sqlite3.connect(database)) as connection:
         speeds = [value for (value,) in connection.execute(query, (tracked,))]

@@ -35,8 +35,9 @@ class FeatureConfig:
     kind: Kind = "pixels"
     """Their pixels in [0, 1], for small pictures; or what a network in a file makes of them."""
     url: str = ""
-    """Of the file: TorchScript, or a program of torch.export, that maps float32 [B, C, H, W] to features [B, D] or
-    [B, D, 1, 1]. It is a program: what is in it is run, with all that this job may do."""
+    """Of the file: TorchScript, or a program of torch.export, that maps float32 [B, C, H, W], with C red, green and
+    blue, or grey, to features [B, D] or [B, D, 1, 1]. It is a program: what is in it is run, with all that this job
+    may do."""
     sha256: str = ""
     """Of the content of the file, which is not run if it is another; empty: the job says what it is, and stops."""
     name: str = ""

@@ -2,16 +2,13 @@
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
 
 from pipelines.draw_config import DrawConfig
 from pipelines.errors import ConfigurationError
 from pipelines.firing_config import FiringConfig
+from pipelines.sample_shards import Form
 from pipelines.storage import settled
 from pipelines.tracking_config import TrackingConfig
-
-Form = Literal["tar", "png"]
-"""What samples are written as beside Parquet."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,8 @@ from pipelines.draw_config import DrawConfig
 from pipelines.errors import ConfigurationError, DataError, TryAgainError
 from pipelines.lineage import Trained, git_revision
 from pipelines.networks import Asked
-from pipelines.sample_config import Form, SampleJob
+from pipelines.sample_config import SampleJob
+from pipelines.sample_shards import Form
 from pipelines.storage import Folder
 
 WHAT_A_SAMPLE_DEPENDS_ON = (

@@ -9,17 +9,19 @@ import hashlib
 import io
 import json
 import tarfile
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.errors import DamagedError, DataError
 from pipelines.images import BadImageError, Pixels, decode, encode
-from pipelines.sample_config import Form
 from pipelines.sample_set import read_shard
 from pipelines.stamp import stamped
 from pipelines.storage import Folder
+
+Form = Literal["tar", "png"]
+"""What samples are written as beside Parquet."""
 
 
 class DamagedShardError(DataError):
@@ -157,9 +159,5 @@ def _present(out: Folder, name: str) -> bytes:
 def read_samples(folder: Folder, names: list[str], shape: tuple[int, int, int]) -> Pixels:
     """Read the pictures of sample shards; ``shape`` is [C, H, W] and the result uint8 [n, H, W, C]."""
     channels, height, width = shape
-    images = [
-        image
-        for name in names
-        for image in pq.read_table(io.BytesIO(folder.get(name)), columns=["image"])["image"].to_pylist()
-    ]
+    images = [image for name in names for image in read_shard(folder.get(name), f"{folder.url}/{name}").image]
     return decode(images, "png", (height, width, channels))

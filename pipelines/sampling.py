@@ -11,8 +11,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -30,11 +31,11 @@ from pipelines.images import Pixels, encode
 from pipelines.manifest import Manifest
 from pipelines.pictures import contact_sheet, strip
 from pipelines.progress import SampleProgress
-from pipelines.sample_config import Form, SampleJob
+from pipelines.read_back import ReadBack, verify
+from pipelines.sample_config import SampleJob
 from pipelines.sample_plan import CLAIM, SamplePlan, check_claim, claim, plan_samples
 from pipelines.sample_record import recorded
 from pipelines.sample_set import MANIFEST, SUCCESS
-from pipelines.sample_shards import DamagedShardError
 from pipelines.storage import Folder
 from pipelines.tracking import Tracker
 
@@ -44,9 +45,6 @@ MOST_TOGETHER = 4
 """Shards that an actor is given at a time: it writes one while it draws the next."""
 ROUNDS = 3
 """Of drawing what is missing or damaged, after which storage is not to be trusted."""
-FEW = 8
-"""Shards that are read back here; more of them by tasks."""
-AGAIN = f"delete that file and {SUCCESS}, and run the sampling job again"
 
 log = logging.getLogger("brickyard.sampling")
 
@@ -97,6 +95,7 @@ def _draw_and_finish(plan: SamplePlan, missing: list[int], slot: Slot | None, tr
     """Draw what is missing, read everything back, draw what is damaged, and finish. Return how many were drawn."""
     log.info("sample: %d seeds in %d shards, %d to draw", len(plan.seeds), plan.shards, len(missing))
     drawn, files = 0, dict[int, dict[str, Any]]()
+    present = [shard for shard in range(plan.shards) if shard not in set(missing)]
     check = slot.check if slot else lambda: None
     read = ReadBack(
         plan.out, plan.seeds, plan.draw.shard_images, plan.trained.checkpoint.shape, plan.also, plan.trained.labels
@@ -105,14 +104,15 @@ def _draw_and_finish(plan: SamplePlan, missing: list[int], slot: Slot | None, tr
     name = plan.out.url.split("/")[-2] if slot else plan.out.name
     with cluster(), metrics.at_work(name):
         for attempt in range(ROUNDS):
-            drawn += _draw(plan, missing, attempt > 0, slot, name)
-            missing = []
-            for shard, found in _read_back(read, [shard for shard in range(plan.shards) if shard not in files]):
-                if isinstance(found, str):
-                    log.warning("%s: it is drawn again", found)
-                    missing.append(shard)
+            rows = chain(_draw(plan, missing, attempt > 0, read, slot, name), read.all(present))
+            missing, present = [], []
+            for row in rows:
+                drawn += row.get("images", 0)
+                if row["wrong"]:
+                    log.warning("%s: it is drawn again", row["wrong"])
+                    missing.append(row["shard"])
                 else:
-                    files[shard] = found
+                    files[row["shard"]] = json.loads(row["found"])
             if not missing:
                 break
         else:
@@ -121,62 +121,40 @@ def _draw_and_finish(plan: SamplePlan, missing: list[int], slot: Slot | None, tr
     return drawn
 
 
-def _draw(plan: SamplePlan, shards: list[int], anew: bool, slot: Slot | None, name: str) -> int:
-    """Draw shards, those that are there too if ``anew``; return how many images. Prometheus knows them by a name."""
+def _draw(
+    plan: SamplePlan, shards: list[int], anew: bool, read: ReadBack, slot: Slot | None, name: str
+) -> Iterator[dict[str, Any]]:
+    """Draw shards, those that are there too if ``anew``, and read each back while the next ones are drawn.
+
+    Prometheus knows them by a name.
+    """
     if not shards:
-        return 0
+        return
     actors = min(plan.draw.actors, len(shards))
     together = max(1, min(MOST_TOGETHER, len(shards) // (4 * actors)))
-    dataset = ray.data.from_items(
-        [{"id": shard} for shard in shards], override_num_blocks=-(-len(shards) // together)
-    ).map_batches(
-        DrawShard,
-        fn_constructor_args=(plan, anew, slot.fence if slot else None),
-        batch_size=together,
-        compute=ActorPoolStrategy(min_size=1, max_size=actors, initial_size=actors),
-        num_gpus=1 if plan.draw.use_gpu else 0,
+    dataset = (
+        ray.data.from_items([{"id": shard} for shard in shards], override_num_blocks=-(-len(shards) // together))
+        .map_batches(
+            DrawShard,
+            fn_constructor_args=(plan, anew, slot.fence if slot else None),
+            batch_size=together,
+            compute=ActorPoolStrategy(min_size=1, max_size=actors, initial_size=actors),
+            num_gpus=1 if plan.draw.use_gpu else 0,
+        )
+        .map(read, num_cpus=0)  # so that there is room for it, whatever the actors take
     )
-    wanted, drawn = sum(len(plan.shard_seeds(shard)) for shard in shards), 0
-    progress = SampleProgress(wanted)
-    metrics.SAMPLES_LEFT.set(name, wanted)
+    left = sum(len(plan.shard_seeds(shard)) for shard in shards)
+    progress = SampleProgress(left)
+    metrics.SAMPLES_LEFT.set(name, left)
     for row in dataset.iter_rows():
         if slot:
             slot.check()
-        drawn += row["images"]
         progress.update(row["images"])
+        left -= row["images"]
         metrics.SAMPLES.add(name, row["images"])
-        metrics.SAMPLES_LEFT.set(name, wanted - drawn)
+        metrics.SAMPLES_LEFT.set(name, left)
+        yield row
     metrics.SAMPLES_LEFT.set(name, 0)  # what an actor had written before it died is not told again
-    return drawn
-
-
-@dataclass(frozen=True)
-class ReadBack:
-    """The task: the number of a shard to what its manifest says of it, or to what is wrong with it."""
-
-    out: Folder
-    seeds: range
-    shard_images: int
-    shape: tuple[int, int, int]
-    also: tuple[Form, ...]
-    labels: list[str]
-
-    def __call__(self, row: dict[str, int]) -> dict[str, Any]:
-        shard = row["id"]
-        seeds = self.seeds[shard * self.shard_images : (shard + 1) * self.shard_images]
-        try:
-            found = sample_shards.check(self.out, shard, seeds, self.shape, self.also, self.labels)
-        except DamagedShardError as error:
-            return {"shard": shard, "found": "", "wrong": str(error)}
-        return {"shard": shard, "found": json.dumps(found), "wrong": ""}
-
-
-def _read_back(read: ReadBack, shards: list[int]) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Yield what each shard is, or what is wrong with it."""
-    rows = [{"id": shard} for shard in shards]
-    several = ray.data.from_items(rows).map(read).iter_rows() if len(shards) > FEW else map(read, rows)
-    for row in several:
-        yield row["shard"], row["wrong"] or json.loads(row["found"])
 
 
 def _finish(plan: SamplePlan, files: list[dict[str, Any]], check: Callable[[], None], tracker: Tracker) -> None:
@@ -219,31 +197,6 @@ def draw_strip(plan: SamplePlan) -> Pixels:
     eps_theta = trained.eps_theta(network, plan.labels(torch.tensor(plan.seeds[:1])), draw.guidance)
     respaced = trained.schedule().respaced(draw.steps, draw.spacing)
     return strip(x_0, eps_theta, trained.schedule(), respaced, draw.walk, plan.seeds.start, draw.clip)
-
-
-def verify(folder: Folder) -> dict[str, Any]:
-    """Prove that a finished folder holds each of its seeds once, as written, and that every picture decodes.
-
-    Raises:
-        DataError: at the first thing that is not as it must be.
-    """
-    if not folder.exists(SUCCESS):
-        raise DataError(f"{folder.url} is not finished: it has no {SUCCESS}; run the sampling job again")
-    about = json.loads(folder.get(MANIFEST))
-    first, last = about["seeds"]
-    files, seeds = about["files"], range(first, last + 1)
-    per_shard = about.get("shard_images", files[0]["images"])
-    also, labels = tuple(about.get("also", ())), about.get("labels", [])
-    read = ReadBack(folder, seeds, per_shard, tuple(about["shape"]), also, labels)
-    if len(files) * per_shard < len(seeds) or sum(file["images"] for file in files) != len(seeds):
-        raise DataError(f"{folder.url} does not hold each seed of {first}-{last} once; {AGAIN}")
-    with cluster() if len(files) > FEW else nullcontext():
-        for shard, found in _read_back(read, list(range(len(files)))):
-            if isinstance(found, str):
-                raise DataError(f"{found}; {AGAIN}")
-            if found != files[shard]:
-                raise DataError(f"{folder.url}/{found['name']} is not what was written: its sha256 differs; {AGAIN}")
-    return {"samples": folder.url, "verified": len(seeds)}
 
 
 def sample_job(job: SampleJob) -> dict[str, Any]:

@@ -143,7 +143,7 @@ def sweep(job: SweepJob) -> dict[str, Any]:
         "children": rows,
         "table": f"{folder.url}/table.txt",
         "seconds": round(time.perf_counter() - began, 1),
-        "tracking_run": tracker.tracker_id,
+        "mlflow_run": tracker.tracker_id,
         "see": tracker.see,
     }
 

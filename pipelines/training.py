@@ -126,7 +126,7 @@ def _train_on(job: TrainJob, data: Folder, manifest: Manifest) -> dict[str, Any]
         "run": job.run.url,
         "images": trained.checkpoint.position,
         "data_digest": manifest.digest,
-        "tracking_run": tracker.tracker_id,
+        "mlflow_run": tracker.tracker_id,
         "see": tracker.see,
     }
 

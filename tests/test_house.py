@@ -49,8 +49,9 @@ def test_the_loop_imports_neither_ray_nor_mlflow() -> None:
     assert done.stdout.strip() == "set()"
 
 
-def test_a_read_task_needs_no_torch() -> None:
-    code = "import sys, pipelines.stream; print({'torch', 'mlflow', 'tyro', 'sklearn'} & set(sys.modules))"
+@pytest.mark.parametrize("module", ["stream", "read_back"])
+def test_a_read_task_needs_no_torch(module: str) -> None:
+    code = f"import sys, pipelines.{module}; print({{'torch', 'mlflow', 'tyro', 'sklearn'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

@@ -19,8 +19,9 @@ from pipelines.digits import write_digits
 from pipelines.ingest import ingest
 from pipelines.ingest_plan import IngestConfig, IngestPlan
 from pipelines.lineage import Trained
+from pipelines.read_back import verify
 from pipelines.results import export, record_results
-from pipelines.sampling import SUCCESS, verify
+from pipelines.sample_set import SUCCESS
 from pipelines.score_config import ScoreJob
 from pipelines.scoring import score_job
 from pipelines.slots import folder_name, slot_id

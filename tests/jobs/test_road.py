@@ -102,7 +102,7 @@ def test_the_record_has_what_a_reader_looks_for(uninterrupted: tuple[Path, dict[
 
     root, said = uninterrupted
     (run,) = recorded.mlflow_runs(root)
-    assert run.info.run_id == said["tracking_run"] and run.info.status == "FINISHED"
+    assert run.info.run_id == said["mlflow_run"] and run.info.status == "FINISHED"
     assert run.data.params["fit.learning_rate"] == "0.002" and run.data.params["parameters"] == "701345"
     assert run.data.params["data_digest"] == said["data_digest"]
     assert (run.data.tags["brickyard.workers"], run.data.tags["brickyard.worker_starts"]) == ("2", "1")

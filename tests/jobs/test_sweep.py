@@ -62,7 +62,7 @@ def test_children_train_under_one_parent_and_only_once(tmp_path: Path) -> None:
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("brickyard").experiment_id])
     (parent,) = [run for run in runs if run.info.run_name == "sweep"]
-    assert parent.info.status == "FINISHED" and parent.info.run_id == said["tracking_run"]
+    assert parent.info.status == "FINISHED" and parent.info.run_id == said["mlflow_run"]
     children = {
         run.info.run_name: run.info.status
         for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id

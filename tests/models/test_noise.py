@@ -3,6 +3,7 @@
 import hashlib
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -61,14 +62,16 @@ def test_the_words_are_philox_of_block_position_and_step():
 
 
 def test_the_normals_are_box_muller_of_the_words():
-    position = torch.arange(5)
-    drawn = [word.double() for word in words(1, "eps", position, step=3, blocks=2)]
-    expected = torch.empty(5, 8, dtype=torch.float64)
+    """By the logarithm, sine and cosine of another library, as another device has others, rounded once at the end."""
+    position = torch.arange(4096)
+    drawn = [word.numpy().astype(float) for word in words(1, "eps", position, step=3, blocks=8)]
+    expected = np.empty((4096, 32))
     for pair in range(2):
-        radius = (-2 * ((drawn[2 * pair] + 0.5) / 2**32).log()).sqrt()
+        radius = np.sqrt(-2 * np.log((drawn[2 * pair] + 0.5) / 2**32))
         angle = 2 * math.pi * drawn[2 * pair + 1] / 2**32
-        expected[:, 2 * pair :: 4], expected[:, 2 * pair + 1 :: 4] = radius * angle.cos(), radius * angle.sin()
-    torch.testing.assert_close(normal(1, "eps", position, (8,), step=3).double(), expected, rtol=0, atol=1e-5)
+        expected[:, 2 * pair :: 4], expected[:, 2 * pair + 1 :: 4] = radius * np.cos(angle), radius * np.sin(angle)
+    differ = normal(1, "eps", position, (32,), step=3).numpy() != expected.astype(np.float32)
+    assert differ.sum() <= 2  # of 131,072; in single precision it would be most of them
 
 
 ADDRESSES = {
@@ -131,7 +134,7 @@ def test_the_tails_are_there_and_finite():
     ("word", "position", "step", "block", "radius"),
     [
         (0, 4714682438749791380, 3752165424, 2, math.sqrt(2 * math.log(2**33))),
-        (0xFFFFFFFF, 457114916860202718, 2259749912, 50, 0.0),
+        (0xFFFFFFFF, 457114916860202718, 2259749912, 50, math.sqrt(-2 * math.log1p(-(2**-33)))),
     ],
 )
 def test_the_first_and_the_last_word_make_finite_normals(word, position, step, block, radius):

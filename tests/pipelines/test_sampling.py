@@ -20,6 +20,7 @@ from pipelines import checkpoints
 from pipelines.checkpoints import Checkpoint
 from pipelines.digits import write_digits
 from pipelines.draw_config import DrawConfig
+from pipelines.draw_shard import DrawShard
 from pipelines.errors import ConfigurationError, DataError
 from pipelines.features import pixel_features
 from pipelines.fit import new_state
@@ -28,11 +29,12 @@ from pipelines.ingest import ingest
 from pipelines.ingest_plan import IngestConfig, IngestPlan
 from pipelines.moments import Moments, frechet_distance
 from pipelines.plain import to_dict
+from pipelines.read_back import verify
 from pipelines.replay import ReplayJob
 from pipelines.replay import dry_run as waits_for
 from pipelines.sample_config import SampleJob
 from pipelines.sample_plan import plan_samples
-from pipelines.sampling import draw_samples, dry_run, sample_job, verify
+from pipelines.sampling import draw_samples, dry_run, sample_job
 from pipelines.score_config import ScoreJob
 from pipelines.scoring import score_job
 from pipelines.stamp import stamp_of
@@ -252,3 +254,14 @@ def test_the_score_is_that_of_numpy(samples: Folder, digits: tuple[np.ndarray, n
 def test_unfinished_samples_are_not_scored(folder: Folder) -> None:
     with pytest.raises(DataError, match="is no finished set of samples"):
         score_job(ScoreJob(samples=folder.url))
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # torch says it of a GPU that is not there
+def test_arithmetic_of_another_kind_moves_no_pixel_by_more_than_a_level(run: Folder, folder: Folder) -> None:
+    """Other convolutions add up in another order, as those of another device do."""
+    draw = DrawShard(plan_samples(job(run, folder, steps=20, batch_images=64)))
+    several = draw._draw(range(64)).astype(int)
+    with torch.backends.mkldnn.flags(enabled=False):
+        other = draw._draw(range(64)).astype(int)
+    assert np.abs(several - other).max() <= 1
+    assert several.std() > 10
