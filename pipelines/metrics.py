@@ -3,22 +3,25 @@
 Whoever has such a number says it here, with the run that it is of; Ray's agent on that node serves it. Where Ray does
 not run, nothing happens, and what is said to a metric never fails: nobody trains or draws for the sake of a figure.
 
-A gauge is served while the process that has set it lives, and some 20 s more; a counter as long as the node lives. So
-of a process that is dead there is no gauge, and rules ask for its last word: that is why times are told as times, from
-which an age can be made afterwards, and why there is one for the end of a job.
+A counter is served as long as the node lives. A gauge Ray serves for 20 s after it was set, so it is set again and
+again while the job is at work on the run. Of a process that is dead there is no gauge, and rules ask for its last word.
+That is why times are told as times, from which an age can be made afterwards, and why the end of a job has one.
 """
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 TAG = "run"
 """The one tag: the name of a run, or of a folder of samples; of a schedule's slots, that of the folder they lie in."""
+AGAIN_S = 2.0
+"""Between two times that a gauge is set."""
 
 log = logging.getLogger("brickyard.metrics")
 
@@ -60,8 +63,11 @@ class Gauge(Metric):
     kind: str = "Gauge"
 
     def set(self, run: str, value: float) -> None:
-        """Say what it is."""
-        self._take("set", run, value)
+        """Say what it is, from now on."""
+        with _now:
+            _values[self, run] = value
+            self._take("set", run, value)
+        _say_again()
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,25 @@ class Counter(Metric):
         """Count some more."""
         if amount > 0:  # Ray takes no other
             self._take("inc", run, amount)
+
+
+_now = threading.Lock()
+_values: dict[tuple[Gauge, str], float] = {}
+"""What is being said, by metric and run."""
+
+
+@cache
+def _say_again() -> None:
+    """Begin to say all of it again and again, in a thread of this process."""
+
+    def run() -> None:
+        while True:
+            time.sleep(AGAIN_S)
+            with _now:
+                for (gauge, run), value in _values.items():
+                    gauge._take("set", run, value)
+
+    threading.Thread(target=run, name="metrics", daemon=True).start()
 
 
 STARTED = Gauge("brickyard_start_time_seconds", "Unix time at which the job that works on the run has started.")
@@ -98,7 +123,7 @@ STORAGE_RETRIES = Counter("brickyard_storage_retries", "Requests of training to 
 SAMPLES = Counter("brickyard_samples", "Samples drawn and written.")
 SAMPLES_LEFT = Gauge("brickyard_samples_left", "Samples that are still to be drawn.")
 
-SPOOL = Gauge("brickyard_spool_bytes", "Size of what waits to be recorded by the tracker.")
+SPOOL = Gauge("brickyard_spool_bytes", "Size of what waits to be recorded, by the name that the tracker knows it by.")
 
 METRICS: tuple[Metric, ...] = tuple(metric for metric in list(vars().values()) if isinstance(metric, Metric))
 """All of them."""
@@ -106,7 +131,15 @@ METRICS: tuple[Metric, ...] = tuple(metric for metric in list(vars().values()) i
 
 @contextmanager
 def at_work(run: str) -> Iterator[None]:
-    """Say when a job begins to work on a run, and when it has finished it: an error, or a signal, is no end."""
+    """Say when a job begins to work on a run, and when it has finished it: an error, or a signal, is no end.
+
+    After it nothing more is said of the run.
+    """
     STARTED.set(run, time.time())
-    yield
+    try:
+        yield
+    finally:
+        with _now:
+            for key in [key for key in _values if key[1] == run]:
+                del _values[key]
     ENDED.set(run, time.time())
