@@ -21,7 +21,7 @@ from pipelines.firing_config import FiringConfig
 from tests.processes import CODE
 
 CRONTAB = CODE / "infra/schedule/crontab"
-CRONJOB = CODE / "infra/kubernetes/sample-cronjob.yaml"
+CRONJOB = CODE / "infra/kubernetes/base/sample-cronjob.yaml"
 RAYCRONJOB = CODE / "infra/kubernetes/sample-raycronjob.yaml"
 
 
@@ -101,8 +101,9 @@ def test_cron_and_kubernetes_run_one_command_and_the_job_knows_its_flags(ray_tha
     by_cron, by_pod = as_cron(ray_that_notes, checkout), as_a_pod(ray_that_notes)
     same_day = datetime.now(UTC).date() == day.date()
     assert by_cron[0] == str(checkout)
-    assert by_cron[1:] == by_pod[1:] or not same_day
+    assert by_cron[6:] == by_pod[6:] or not same_day
     assert by_cron[1:6] == ["job", "submit", "--working-dir", ".", "--"]
+    assert by_pod[1:6] == ["job", "submit", "--working-dir", "s3://bucket/code/brickyard.zip", "--"]
     job = job_of(by_cron[6:])
     assert (job.out, job.checkpoint, job.seeds) == ("s3://bucket/samples/nightly", "models:/digits@champion", "0-49999")
     assert job.firing.slot == f"{day:%Y-%m-%d}T00:00Z" or not same_day

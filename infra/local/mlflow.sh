@@ -71,6 +71,7 @@ await() { # CONDITION NAME: until it holds, while the process lives
 takes_queries() { "$POSTGRES/pg_isready" -q -h 127.0.0.1 -p $((PORT + 1)) -U mlflow -d postgres; }
 answers() {
     # By its standard input: what stands on a command line everybody on this machine can read.
+    # shellcheck disable=SC2001  # of two characters
     printf 'user = "%s"\n' "$(sed 's/[\\"]/\\&/g' <<<"$ADMIN:$PASSWORD")" \
         | curl -fs -o /dev/null -m 3 -K - "http://127.0.0.1:$PORT/api/2.0/mlflow/experiments/search?max_results=1"
 }
@@ -91,7 +92,7 @@ up() {
     fi
     if ! postgres_alive; then
         rm -f "$DATA/postgres/postmaster.pid" # of one that was killed
-        # shellcheck disable=SC2034  # as_nobody's unshare becomes postgres: one process, one number
+        # shellcheck disable=SC2046  # as_nobody's unshare becomes postgres: one process, one number
         spawn postgres $([ "$(id -u)" != 0 ] || echo unshare --user --map-user=1000 --map-group=1000) \
             "$POSTGRES/postgres" -D "$DATA/postgres" -p $((PORT + 1)) -c listen_addresses=127.0.0.1 \
             -c unix_socket_directories= -c max_connections=200
@@ -120,7 +121,7 @@ authorization_function = mlflow.server.auth:authenticate_request_basic_auth
 END
         )
         MLFLOW_AUTH_CONFIG_PATH=$DATA/users.ini MLFLOW_FLASK_SERVER_SECRET_KEY=$(cat "$DATA/secret") \
-            MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false PYTHONPATH= \
+            MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false PYTHONPATH='' \
             spawn server "$MLFLOW" server --app-name basic-auth --backend-store-uri "$STORE/mlflow" \
             --artifacts-destination "$ARTIFACTS" --host 127.0.0.1 --workers 1 --port "$PORT" \
             --allowed-hosts "localhost,localhost:*,127.0.0.1,127.0.0.1:*${MLFLOW_HOSTS:+,$MLFLOW_HOSTS}"

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,15 +20,17 @@ from pipelines.sample_config import SampleJob
 from pipelines.sample_plan import plan_samples
 from pipelines.storage import Folder
 from tests.pipelines.committed import committed
+from tests.pipelines.helpers import beside, drawn
 from tests.processes import CODE, kill, of_session, of_this_cluster, wait_for, without_ray
 
 pytestmark = pytest.mark.ray
 
-SHARDS, IN_EACH = 16, 8
-DRAW = DrawConfig(sampler="posterior", steps=150, shard_images=IN_EACH, batch_images=IN_EACH)
+SHARDS, IN_EACH, AT_ONCE, ACTORS = 16, 8, 4, 2
+DRAW = DrawConfig(sampler="posterior", steps=150, shard_images=IN_EACH, batch_images=AT_ONCE, actors=ACTORS)
 FLAGS = [
     "--draw.sampler=posterior", "--draw.steps=150", f"--draw.shard-images={IN_EACH}",
-    f"--draw.batch-images={IN_EACH}", f"--seeds=0-{SHARDS * IN_EACH - 1}", "--tracking.uri=none",
+    f"--draw.batch-images={AT_ONCE}", f"--draw.actors={ACTORS}", f"--seeds=0-{SHARDS * IN_EACH - 1}",
+    "--tracking.uri=none",
 ]  # fmt: skip
 
 
@@ -63,11 +66,13 @@ def written_at(out: Path) -> dict[str, int]:
 
 
 @pytest.fixture
-def start(address: str, run: Folder, tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
+def start(address: str, run: Folder, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts the job: that of a user, or the same but that its actors leave word of what they have drawn."""
     started: list[subprocess.Popen[str]] = []
 
-    def one() -> subprocess.Popen[str]:
-        command = [sys.executable, "jobs/sample.py", f"--checkpoint={run.url}", f"--out={tmp_path / 'out'}", *FLAGS]
+    def one(with_words: bool = False) -> subprocess.Popen[str]:
+        script = ["-m", "tests.jobs.drawn"] if with_words else ["jobs/sample.py"]
+        command = [sys.executable, *script, f"--checkpoint={run.url}", f"--out={tmp_path / 'out'}", *FLAGS]
         log = (tmp_path / f"log-{len(started)}").open("w")
         environment = without_ray() | of_this_cluster() | {"RAY_ADDRESS": address, "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(
@@ -88,35 +93,50 @@ def finish(process: subprocess.Popen[str], log: Path) -> dict[str, object]:
     return dict(json.loads(out.splitlines()[-1]))
 
 
+def check_the_cost(out: Path, killed: set[int]) -> None:
+    """See that all was drawn, and that of what was drawn again each process that was killed had drawn one shard to its
+    end at most, and begun another."""
+    words = drawn(beside(str(out)))
+    times = Counter(one.seed for one in words)
+    assert times.keys() == set(range(0, SHARDS * IN_EACH, AT_ONCE))
+    assert max(times.values()) <= 2
+    for process in killed:
+        again = Counter(one.seed // IN_EACH for one in words if one.process == process and times[one.seed] == 2)
+        assert len(again) <= 2 and list(again.values()).count(IN_EACH // AT_ONCE) <= 1, again
+
+
 def test_actors_that_are_killed_cost_what_they_had_not_written(
-    start: Callable[[], subprocess.Popen[str]], expected: dict[str, bytes], tmp_path: Path
+    start: Callable[..., subprocess.Popen[str]], expected: dict[str, bytes], tmp_path: Path
 ) -> None:
-    out, job = tmp_path / "out", start()
+    out, job = tmp_path / "out", start(with_words=True)
     wait_for(lambda: len(written_at(out)) >= 3, job)
     before = written_at(out)
     actors = list(of_session(os.getsid(0), b"ray::MapWorker"))
-    assert len(actors) == 2
+    assert len(actors) == ACTORS
     for actor in actors:
         os.kill(actor, signal.SIGKILL)
     finish(job, tmp_path / "log-0")
     assert shards(out) == expected
     assert before.items() <= written_at(out).items(), "nothing is stored twice"
+    check_the_cost(out, set(actors))
 
 
 def test_a_job_that_is_killed_and_fired_again_draws_what_is_missing(
-    start: Callable[[], subprocess.Popen[str]], expected: dict[str, bytes], tmp_path: Path
+    start: Callable[..., subprocess.Popen[str]], expected: dict[str, bytes], tmp_path: Path
 ) -> None:
-    out, job = tmp_path / "out", start()
+    out, job = tmp_path / "out", start(with_words=True)
     wait_for(lambda: len(written_at(out)) >= 3, job)
     kill(job)
     # The actors go with their driver; what they write until then counts.
     wait_for_the_end_of_actors()
     before = written_at(out)
     assert 3 <= len(before) < SHARDS and not (out / "_SUCCESS").exists()
-    done = finish(start(), tmp_path / "log-1")
+    actors = {one.process for one in drawn(beside(str(out)))}
+    done = finish(start(with_words=True), tmp_path / "log-1")
     assert done["drawn_now"] == (SHARDS - len(before)) * IN_EACH
     assert shards(out) == expected
     assert before.items() <= written_at(out).items(), "nothing is stored twice"
+    check_the_cost(out, actors)
 
 
 def wait_for_the_end_of_actors() -> None:
@@ -149,7 +169,7 @@ from pipelines.draw_shard import DrawShard
 from pipelines.sample_config import SampleJob
 from pipelines.sample_plan import claim, plan_samples
 
-draw = DrawConfig(sampler="posterior", steps=150, shard_images=8, batch_images=8)
+draw = DrawConfig(sampler="posterior", steps=150, shard_images=8, batch_images=4)
 plan = plan_samples(SampleJob(checkpoint=sys.argv[1], out=sys.argv[2], seeds="0-127", draw=draw))
 claim(plan)
 list(DrawShard(plan)({"id": np.array([0])}))

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import ray
 
+from pipelines.storage import Folder
 from tests.jobs import recorded
 
 pytestmark = pytest.mark.ray
@@ -33,8 +34,9 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A head node with a dashboard on loopback, in the foreground of a process that is ended by its own id."""
+def cluster(tmp_path_factory: pytest.TempPathFactory, s3_server: str) -> Iterator[dict[str, str]]:
+    """A head node with a dashboard on loopback, in the foreground of a process that is ended by its own id; as nodes of
+    a cluster do, it has the rights to read a bucket."""
     assert not ray.is_initialized(), "one Ray cluster at a time"
     port, dashboard = free_port(), free_port()
     home = tmp_path_factory.mktemp("home")
@@ -109,3 +111,20 @@ def test_a_job_that_cannot_be_done_fails_in_ray_too(cluster: dict[str, str], tmp
     )  # fmt: skip
     assert done.returncode != 0
     assert "'digit' is no preset; did you mean 'digits'?" in done.stdout
+
+
+def test_the_code_comes_from_a_bucket_where_there_is_no_checkout(
+    cluster: dict[str, str], s3: Folder, tmp_path: Path
+) -> None:
+    """As a pod submits it (infra/kubernetes): a zip of the revision, made as infra/README.md says."""
+    zip_file = tmp_path / "brickyard.zip"
+    subprocess.run(["git", "archive", "--prefix=brickyard/", "-o", zip_file, "HEAD"], cwd=CODE, check=True)
+    s3.put("brickyard.zip", zip_file.read_bytes())
+    done = subprocess.run(
+        [BIN / "ray", "job", "submit", "--working-dir", f"{s3.url}/brickyard.zip", "--",
+         "python", "jobs/train.py", "digits", "--dry-run", "--root", str(tmp_path)],
+        cwd=tmp_path, env=cluster, text=True, capture_output=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-3000:]
+    said = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
+    assert said["exit_code"] == 0

@@ -1,10 +1,15 @@
 """Tasks that leave word of where their work was done."""
 
+import os
+import time
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import ray
 
+from pipelines.draw_shard import DrawShard
+from pipelines.images import Pixels
 from pipelines.parts import DigestPart, WritePart
 from pipelines.stream import ReadWindow
 
@@ -34,3 +39,46 @@ class WhereItReads(ReadWindow):
         node = ray.get_runtime_context().get_node_id()
         self.folder.put(f"nodes/read-{window}", node.encode())
         return super().read(window)
+
+
+class Drawn(NamedTuple):
+    """A batch of samples that has been drawn."""
+
+    seed: int
+    """The first of it."""
+    process: int
+    node: str
+
+
+class WhereItDraws(DrawShard):
+    """Leaves word of each batch that it has drawn, beside the folder of the samples."""
+
+    def _draw(self, seeds: range) -> Pixels:
+        pixels = super()._draw(seeds)
+        word = Drawn(seeds.start, os.getpid(), ray.get_runtime_context().get_node_id())
+        (beside(self.plan.out.path()) / "-".join(map(str, word))).touch()
+        return pixels
+
+
+class WaitsOnceDrawn(WhereItDraws):
+    """Stands still, once it has drawn two batches, until it is let go."""
+
+    def _draw(self, seeds: range) -> Pixels:
+        pixels = super()._draw(seeds)
+        home = beside(self.plan.out.path())
+        while sum(one.process == os.getpid() for one in drawn(home)) >= 2 and not (home / "go").exists():
+            time.sleep(0.05)
+        return pixels
+
+
+def beside(out: str) -> Path:
+    """The folder of the words about the samples in another."""
+    home = Path(f"{out}-drawn")
+    home.mkdir(exist_ok=True)
+    return home
+
+
+def drawn(home: Path) -> list[Drawn]:
+    """The batches that were drawn, of which one that two processes drew is there twice."""
+    words = [path.name.split("-") for path in home.iterdir() if path.name != "go"]
+    return [Drawn(int(seed), int(process), node) for seed, process, node in words]

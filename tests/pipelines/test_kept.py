@@ -1,6 +1,7 @@
 """What was read from object storage is kept on the disk, as long as it is what it was and there is room."""
 
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -36,14 +37,21 @@ def files(home: Path) -> list[Path]:
 
 
 def test_what_was_read_is_not_fetched_again(remote: Folder, home: Path) -> None:
+    """By its name and its range, of which neither is another's; and by another process, which is handed the folder."""
+    remote.put("part/shard-1.parquet", DATA[::-1])
     folder = kept(remote, "d", 1)
-    for start, stop in ((0, 10), (100, 5000)):
-        assert folder.get_range("shard-0.parquet", start, stop) == DATA[start:stop]
+    ranges = {("shard-0.parquet", 0, 10), ("shard-0.parquet", 0, 20), ("part/shard-1.parquet", 0, 10)}
+    handed_on = pickle.loads(pickle.dumps(folder))
+    read = {one: (handed_on if one[2] == 20 else folder).get_range(*one) for one in ranges}
+    assert read == {
+        (name, start, stop): (DATA if "0." in name else DATA[::-1])[start:stop] for name, start, stop in read
+    }
     remote.delete()
-    assert folder.get_range("shard-0.parquet", 100, 5000) == DATA[100:5000]
-    with pytest.raises(DataError, match="does not exist"):
-        folder.get_range("shard-0.parquet", 1, 10)
-    assert len(files(home)) == 2
+    for again in (folder, handed_on):
+        assert {one: again.get_range(*one) for one in ranges} == read
+        with pytest.raises(DataError, match="does not exist"):
+            again.get_range("shard-0.parquet", 1, 10)
+    assert len(files(home)) == 3
 
 
 @pytest.mark.parametrize(
@@ -53,9 +61,10 @@ def test_what_was_read_is_not_fetched_again(remote: Folder, home: Path) -> None:
         lambda data: data[:-1],
         lambda data: bytes([data[0] ^ 1]) + data[1:],
         lambda data: data[:-1] + bytes([data[-1] ^ 1]),
+        lambda data: bytes(4),
         None,
     ],
-    ids=["emptied", "cut off", "a flipped bit", "a flipped bit of the checksum", "removed"],
+    ids=["emptied", "cut off", "a flipped bit", "a flipped bit of the checksum", "the checksum of nothing", "removed"],
 )
 def test_what_is_no_longer_what_it_was_is_fetched_again(
     harm: Callable[[bytes], bytes] | None, remote: Folder, home: Path
@@ -78,6 +87,20 @@ def test_where_there_is_no_room_nothing_more_is_kept_and_what_is_there_stays(rem
         for start in range(0, 10_000, 1000):
             assert folder.get_range("shard-0.parquet", start, start + 1000) == DATA[start : start + 1000], epoch
     assert [path.stat().st_size for path in files(home)] == [1004] * 3
+
+
+def test_what_another_process_keeps_takes_room_too(remote: Folder, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.kept.LOOK_EVERY", 2)
+    ours, theirs = (kept(remote, "d", 3500e-9) for _ in range(2))
+    for start, folder in ((0, ours), (1000, theirs), (2000, theirs), (3000, ours), (4000, ours), (5000, ours)):
+        folder.get_range("shard-0.parquet", start, start + 1000)
+    assert len(files(home)) == 4, "it had counted on room for one more, and then looked"
+
+
+def test_other_data_stay_where_there_is_room(remote: Folder, home: Path) -> None:
+    for digest in ("one", "other"):
+        kept(remote, digest, 3500e-9).get_range("shard-0.parquet", 0, 1000)
+    assert {path.parent.name for path in files(home)} == {"one", "other"}
 
 
 def test_other_data_make_room_and_are_never_taken_for_these(remote: Folder, home: Path) -> None:
@@ -105,6 +128,14 @@ def test_a_folder_that_others_may_write_is_neither_read_nor_written(remote: Fold
     file.parent.parent.chmod(0o777)
     assert kept(remote, "d", 1).get_range("shard-0.parquet", 0, 10) == DATA[:10]
     assert file.read_bytes().startswith(forged)
+
+
+def test_a_folder_of_another_user_is_not_written(remote: Folder, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever makes it first in a folder that all may write would say what is read."""
+    somebody = os.getuid() + 1
+    monkeypatch.setattr(os, "getuid", lambda: somebody)
+    assert kept(remote, "d", 1).get_range("shard-0.parquet", 0, 10) == DATA[:10]
+    assert (home / f"brickyard-kept-{somebody}").stat().st_uid != somebody and not files(home)
 
 
 def test_several_processes_keep_one_copy(remote: Folder, home: Path) -> None:

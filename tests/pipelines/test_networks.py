@@ -11,7 +11,7 @@ import torch
 from jobs.presets import DIGITS
 from models.network import NetworkConfig
 from pipelines import networks
-from pipelines.errors import ConfigurationError, TryAgainError
+from pipelines.errors import ConfigurationError, DataError, TryAgainError
 from pipelines.lineage import Exported, Trained
 from pipelines.results import export, record_results
 from pipelines.sample_config import SampleJob
@@ -98,6 +98,20 @@ def test_half_a_copy_is_made_whole(run: Run, mlflow_on_sqlite: str, tmp_path: Pa
     assert same_weights(again, run.trained)
 
 
+def test_a_copy_that_is_of_another_network_is_refused(run: Run, mlflow_on_sqlite: str, tmp_path: Path) -> None:
+    """It lies where samples are, and somebody has put another there."""
+    out, moved = Folder(str(tmp_path / "out")), tmp_path / "moved"
+    shutil.move(run.trained.folder.path(), moved)
+    try:
+        about = Path(networks.find("models:/net/1", mlflow_on_sqlite, out).trained.folder.path("config.json"))
+        assert run.trained.digest in about.read_text()
+        about.write_text(about.read_text().replace(run.trained.digest, "0" * 64))
+        with pytest.raises(DataError, match=r"is not the checkpoint that MLflow knows as models:/net/1: its digest"):
+            networks.find("models:/net/1", mlflow_on_sqlite, out)
+    finally:
+        shutil.move(moved, run.trained.folder.path())
+
+
 def test_the_newest_checkpoint_is_the_one_that_a_folder_was_begun_with(tmp_path: Path) -> None:
     """The run trains on meanwhile; where that checkpoint is gone, the folder is refused and not mixed."""
     home = committed(Folder(str(tmp_path / "run")), classes=0)
@@ -109,6 +123,9 @@ def test_the_newest_checkpoint_is_the_one_that_a_folder_was_begun_with(tmp_path:
     manifest = Path((home / "checkpoint-000000000256").path("manifest.json"))
     manifest.write_text(manifest.read_text().replace('"position": 128', '"position": 256'))
     assert Trained.find(home.url).digest != begun.digest
+    asked_by_its_place = replace(job, checkpoint=Trained.find(home.url).folder.url)
+    with pytest.raises(ConfigurationError, match="holds other samples: their checkpoint_digest"):
+        claim(plan_samples(asked_by_its_place))
     again = plan_samples(job)
     assert again.trained.digest == begun.digest
     claim(again)

@@ -1,7 +1,9 @@
 """What a sample depends on: its label, the sampler's settings, and nothing that is not on record."""
 
 import io
+import json
 import shutil
+import threading
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +20,7 @@ from pipelines.config import TrainJob
 from pipelines.draw_config import DrawConfig
 from pipelines.draw_shard import DrawShard
 from pipelines.errors import ConfigurationError, DataError, TryAgainError
-from pipelines.images import decode
+from pipelines.images import Pixels, decode
 from pipelines.lease import Fence
 from pipelines.sample_config import SampleJob
 from pipelines.sample_plan import WHAT_A_SAMPLE_DEPENDS_ON, SamplePlan, check_claim, claim, identity, plan_samples
@@ -241,18 +243,53 @@ def test_a_compiled_network_draws_the_same_and_its_samples_are_a_set_of_their_ow
 
 
 def test_a_folder_is_finished_as_it_was_begun(run: Folder, tmp_path: Path) -> None:
-    """With the table of its labels or without one, in the forms that it has."""
+    """With the table of its labels or without one, in the forms and with the seeds in each file that it has."""
     job = SampleJob(checkpoint=run.url, out=str(tmp_path / "out"), seeds="7-16", draw=DRAW)
     others = [
         replace(job, labels=table(tmp_path, "seed,label", *(f"{seed},a" for seed in range(7, 17)))),
         replace(job, also=("tar",)),
+        replace(job, seeds="7-17"),
+        replace(job, draw=replace(DRAW, shard_images=5)),
     ]
     for other in others:
         for first, second in ((job, other), (other, job)):
             claim(plan_samples(first))
-            with pytest.raises(ConfigurationError, match=r"holds other samples: their (labels_digest|also) is"):
+            with pytest.raises(
+                ConfigurationError, match=r"holds other samples: their (labels_digest|also|seeds|shard_images) is"
+            ):
                 claim(plan_samples(second))
             shutil.rmtree(tmp_path / "out")
+
+
+def test_a_folder_is_gone_on_with_by_other_versions_and_from_other_places(run: Folder, tmp_path: Path) -> None:
+    """Another revision of the code, a run that was moved, another address of the tracker, another version of the model:
+    by its digest it is the same network. And folders that were begun before there were tables and forms."""
+    told = plan(run, tmp_path / "out")
+    claim(told)
+    names = ("git_revision", "checkpoint", "data_url", "tracking_uri", "model_version")
+    claim(replace(told, lineage=told.lineage | dict.fromkeys(names, "another")))
+    said = json.loads(told.out.get("plan.json"))
+    assert (said.pop("labels_digest"), said.pop("also")) == ("", [])
+    told.out.put("plan.json", json.dumps(said).encode())
+    claim(told)
+    with pytest.raises(ConfigurationError, match="holds other samples: their also is"):
+        claim(replace(told, also=("png",)))
+
+
+@pytest.mark.parametrize(("shard_images", "sizes"), [(4, [4, 4, 2]), (5, [5, 5]), (10, [10]), (11, [10])])
+def test_each_seed_is_in_one_shard(shard_images: int, sizes: list[int], run: Folder, tmp_path: Path) -> None:
+    told = plan(run, tmp_path, shard_images=shard_images)
+    several = [told.shard_seeds(shard) for shard in range(told.shards)]
+    assert [len(seeds) for seeds in several] == sizes
+    assert [seed for seeds in several for seed in seeds] == list(range(7, 17))
+
+
+def test_a_batch_is_always_full(run: Folder, tmp_path: Path) -> None:
+    """A convolution may round differently in a batch of another size; what only fills it up is not kept."""
+    shard, rows = DrawShard(plan(run, tmp_path, batch_images=4)), []
+    shard.network.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    list(shard({"id": np.array([0])}))
+    assert rows == [4] * 9, "three batches of three steps"
 
 
 def test_whatever_bit_of_a_shard_flips_it_is_damaged(run: Folder, tmp_path: Path) -> None:
@@ -295,10 +332,51 @@ def test_a_shard_that_is_there_is_not_written_over(run: Folder, tmp_path: Path) 
         actor = DrawShard(later)
         if not shard_is_seen:
             actor._write(0, later.shard_seeds(0), np.zeros((10, 8, 8, 1), np.uint8), 0.0)
-        list(actor({"id": np.array([0])}))
+        assert [row["images"] for row in actor({"id": np.array([0])})] == [[0]], "it is not drawn either"
         assert {name: told.out.get(name) for name in there} == there
     list(DrawShard(later, anew=True)({"id": np.array([0])}))
     assert len(there) == 12 and all(told.out.get(name) != data for name, data in there.items())
+
+
+class SlowToWrite(DrawShard):
+    """Says what it does. While it may still draw, or for a moment, nothing of it is written."""
+
+    def __init__(self, plan: SamplePlan, batches: int) -> None:
+        super().__init__(plan)
+        self.did: list[tuple[str, int]] = []
+        self._more = threading.Semaphore(0)
+        self._batches = batches
+
+    def _draw(self, seeds: range) -> Pixels:
+        self.did.append(("drawn", seeds.start))
+        self._more.release()
+        return super()._draw(seeds)
+
+    def _write(self, shard: int, seeds: range, pixels: Pixels, began: float) -> dict[str, Any]:
+        while sum(what == "drawn" for what, _ in self.did) < self._batches and self._more.acquire(timeout=0.5):
+            pass
+        self.did.append(("written", shard))
+        return super()._write(shard, seeds, pixels, began)
+
+
+def test_a_shard_is_drawn_while_another_is_written_but_not_to_its_end(run: Folder, tmp_path: Path) -> None:
+    """So that a kill costs an actor one whole shard at most: the last batch waits until the shard before is there."""
+    job = SampleJob(checkpoint=run.url, out=str(tmp_path), seeds="0-26", draw=replace(DRAW, shard_images=9))
+    actor = SlowToWrite(plan_samples(replace(job, draw=replace(job.draw, batch_images=3))), batches=9)
+    assert len(list(actor({"id": np.arange(3)}))) == 3
+    assert actor.did == [
+        *(("drawn", seed) for seed in (0, 3, 6, 9, 12)), ("written", 0),
+        *(("drawn", seed) for seed in (15, 18, 21)), ("written", 1), ("drawn", 24), ("written", 2),
+    ]  # fmt: skip
+
+
+def test_where_a_shard_is_its_other_forms_are(run: Folder, tmp_path: Path) -> None:
+    """What is in the way of a picture leaves no Parquet file, for which the next firing would not draw it again."""
+    told = replace(plan(run, tmp_path), also=("tar", "png"))
+    (tmp_path / "png").touch()
+    with pytest.raises(DataError):
+        drawn(told)
+    assert told.out.names() == ["png"]
 
 
 def test_a_stranger_does_not_say_where_a_job_is_recorded(

@@ -1,0 +1,243 @@
+"""A node that will be taken away tells its cluster, once a metadata service as strict as AWS's has said so."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.infra.tools import BIN, INFRA
+
+DRAIN = INFRA / "image" / "drain.py"
+NOTICE, ADVICE = "/latest/meta-data/spot/instance-action", "/latest/meta-data/events/recommendations/rebalance"
+NODE = "ab" * 28
+
+
+class Imds(BaseHTTPRequestHandler):
+    """IMDSv2: a token by PUT, nothing without one that it knows, 404 where there is nothing to say."""
+
+    server: "Service"
+
+    def do_PUT(self) -> None:
+        seconds = self.headers.get("X-aws-ec2-metadata-token-ttl-seconds", "")
+        if self.path != "/latest/api/token" or not 1 <= int(seconds or 0) <= 21_600:
+            return self.say(400)
+        self.server.tokens.append(f"token-{len(self.server.tokens)}")
+        return self.say(200, self.server.tokens[-1])
+
+    def do_GET(self) -> None:
+        self.server.asked.append(self.path)
+        if self.server.broken:
+            return self.say(self.server.broken)
+        if self.headers.get("X-aws-ec2-metadata-token") not in self.server.tokens[self.server.forgotten :]:
+            return self.say(401)
+        if self.path not in self.server.said:
+            return self.say(404)
+        return self.say(200, self.server.said[self.path])
+
+    def say(self, code: int, text: str = "") -> None:
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+class Service(ThreadingHTTPServer):
+    """What it says, and what it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Imds)
+        self.tokens: list[str] = []
+        self.asked: list[str] = []
+        self.said: dict[str, str] = {}
+        self.forgotten = 0
+        self.broken = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def announce(self, seconds: int) -> None:
+        end = datetime.now(UTC) + timedelta(seconds=seconds)
+        self.said[NOTICE] = json.dumps({"action": "terminate", "time": f"{end:%Y-%m-%dT%H:%M:%SZ}"})
+
+
+@pytest.fixture
+def imds() -> Iterator[Service]:
+    service = Service()
+    thread = threading.Thread(target=service.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    yield service
+    service.shutdown()
+    service.server_close()
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def drain() -> Any:
+    spec = importlib.util.spec_from_file_location("drain", DRAIN)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def ray_that_notes(tmp_path: Path) -> Path:
+    """A folder to be on the PATH, whose `ray` fails as many times as the file `refusals` says."""
+    fake = tmp_path / "bin" / "ray"
+    fake.parent.mkdir()
+    (tmp_path / "refusals").write_text("0")
+    fake.write_text(
+        f"#!{sys.executable}\nimport json, pathlib, sys\nfolder = pathlib.Path({str(tmp_path)!r})\n"
+        "open(folder / 'asked', 'a').write(json.dumps(sys.argv[1:]) + '\\n')\n"
+        "left = int((folder / 'refusals').read_text())\n"
+        "(folder / 'refusals').write_text(str(max(0, left - 1)))\nsys.exit(bool(left))\n"
+    )
+    fake.chmod(0o755)
+    return fake.parent
+
+
+def watching(imds: Service, fake: Path, *flags: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, DRAIN, "--watch", "--every=0.05", "--address=head:6379", f"--node-id={NODE}", *flags],
+        env={"PATH": str(fake), "AWS_EC2_METADATA_SERVICE_ENDPOINT": imds.url}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def asked(fake: Path) -> list[list[str]]:
+    return [json.loads(line) for line in (fake.parent / "asked").read_text().splitlines()]
+
+
+def wait_until(condition: Any, process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_it_drains_when_the_notice_comes_and_not_before(imds: Service, ray_that_notes: Path) -> None:
+    process = watching(imds, ray_that_notes)
+    wait_until(lambda: len(imds.asked) > 3, process)
+    assert not (ray_that_notes.parent / "asked").exists() and len(imds.tokens) == 1
+    imds.announce(120)
+    assert process.wait(timeout=60) == 0
+    (command,) = asked(ray_that_notes)
+    assert command[:3] == ["drain-node", "--address=head:6379", f"--node-id={NODE}"]
+    assert "--reason=DRAIN_NODE_REASON_PREEMPTION" in command
+    assert 0 < int(command[-1].removeprefix("--deadline-remaining-seconds=")) <= 120
+    assert set(imds.asked) == {NOTICE}, "the recommendation is not asked for unless it counts"
+
+
+def test_a_token_that_has_run_out_is_asked_for_again(imds: Service, ray_that_notes: Path) -> None:
+    process = watching(imds, ray_that_notes)
+    wait_until(lambda: len(imds.asked) > 1, process)
+    imds.forgotten = len(imds.tokens)
+    imds.announce(120)
+    assert process.wait(timeout=60) == 0
+    assert len(imds.tokens) == 2 and len(asked(ray_that_notes)) == 1
+
+
+@pytest.mark.parametrize("code", [500, 503])
+def test_a_service_that_fails_is_asked_again(code: int, imds: Service, ray_that_notes: Path) -> None:
+    imds.broken = code
+    imds.announce(120)
+    process = watching(imds, ray_that_notes)
+    wait_until(lambda: len(imds.asked) > 1, process)
+    imds.broken = 0
+    assert process.wait(timeout=60) == 0
+    assert len(asked(ray_that_notes)) == 1
+
+
+def test_a_cluster_that_does_not_take_it_is_asked_again(imds: Service, ray_that_notes: Path) -> None:
+    (ray_that_notes.parent / "refusals").write_text("2")
+    imds.announce(120)
+    assert watching(imds, ray_that_notes).wait(timeout=60) == 0
+    assert len(asked(ray_that_notes)) == 3
+
+
+def test_a_recommendation_counts_if_it_is_to(imds: Service, ray_that_notes: Path) -> None:
+    imds.said[ADVICE] = json.dumps({"noticeTime": "2026-11-26T08:22:00Z"})
+    assert watching(imds, ray_that_notes, "--rebalance=600").wait(timeout=60) == 0
+    (command,) = asked(ray_that_notes)
+    assert command[-1] == "--deadline-remaining-seconds=600" and "2026-11-26T08:22:00Z" in command[-2]
+
+
+@pytest.mark.parametrize("refusals", [0, 1])
+def test_told_to_it_drains_at_once(refusals: int, ray_that_notes: Path) -> None:
+    """As before the end of a pod, which does not wait for longer than was said, nor if the cluster refuses."""
+    (ray_that_notes.parent / "refusals").write_text(str(refusals))
+    done = subprocess.run(
+        [sys.executable, DRAIN, "--seconds=2", "--address=head:6379", f"--node-id={NODE}"],
+        env={"PATH": str(ray_that_notes)}, check=False, timeout=60, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert done.returncode == refusals
+    (command,) = asked(ray_that_notes)
+    assert command[-1] == "--deadline-remaining-seconds=2" and f"--node-id={NODE}" in command
+
+
+def test_seconds_left(imds: Service, drain: Any) -> None:
+    """To the second, never none at all, and the interruption before the recommendation."""
+    metadata, end = drain.Metadata(imds.url), datetime(2026, 11, 26, 8, 22, tzinfo=UTC)
+    imds.said[ADVICE] = json.dumps({"noticeTime": "x"})
+    assert drain.seconds_left(metadata, 0, end) is None
+    assert drain.seconds_left(metadata, 600, end)[0] == 600
+    imds.said[NOTICE] = json.dumps({"action": "stop", "time": "2026-11-26T08:22:00Z"})
+    for before, left in ((120, 120), (1.5, 1), (0, 1), (-30, 1)):
+        assert drain.seconds_left(metadata, 600, end - timedelta(seconds=before))[0] == left
+
+
+def test_what_is_no_json_says_nothing(imds: Service, drain: Any) -> None:
+    imds.said[NOTICE] = "<html>"
+    assert drain.Metadata(imds.url).get("spot/instance-action") is None
+    assert drain.Metadata("http://127.0.0.1:9").get("spot/instance-action") is None
+
+
+@pytest.mark.ray
+def test_a_real_node_is_drained(imds: Service, tmp_path: Path) -> None:
+    """By its own id, which it finds by itself; the rest of the cluster is told, with the deadline."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    assert not ray.is_initialized(), "one Ray cluster at a time"
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        second = cluster.add_node(num_cpus=1)
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        imds.announce(120)
+        environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "RAY_ADDRESS": cluster.address}
+        environment["AWS_EC2_METADATA_SERVICE_ENDPOINT"] = imds.url
+        found = subprocess.run(
+            [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(DRAIN.parent)!r}); import drain; "
+             "print(*drain.this_node())"], env=environment, capture_output=True, text=True, check=True,
+        ).stdout.split()  # fmt: skip
+        assert found[0] == cluster.address and found[1] in {node["NodeID"] for node in ray.nodes()}
+        done = subprocess.run(
+            [sys.executable, DRAIN, "--watch", f"--address={cluster.address}", f"--node-id={second.node_id}"],
+            env=environment, capture_output=True, text=True, check=False, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        left = int(re.findall(r"for (\d+) s", done.stderr)[-1])
+        assert 0 < left <= 120
+        end = time.monotonic() + 60
+        # It was idle, so it has left, or is about to; nothing is placed on it any more.
+        while any(node["NodeID"] == second.node_id and node["Alive"] for node in ray.nodes()):
+            assert time.monotonic() < end, "an idle node that is drained leaves"
+            time.sleep(0.2)
+        assert sum(node["Alive"] for node in ray.nodes()) == 1
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
