@@ -30,7 +30,7 @@ lint: $(VENV)/.installed-test  ## style, types, layers
 	$(BIN)/lint-imports
 
 ui: $(VENV)/.installed  ## compare runs at http://127.0.0.1:5000, or another PORT
-	$(BIN)/mlflow server --backend-store-uri sqlite:///$(ROOT)/mlflow.db --host 127.0.0.1 --port $(PORT)
+	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow server --backend-store-uri sqlite:///$(ROOT)/mlflow.db --host 127.0.0.1 --port $(PORT)
 
 clean:  ## remove what the jobs made; the environment stays
 	rm -rf $(ROOT)

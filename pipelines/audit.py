@@ -223,6 +223,11 @@ def audit_job(job: AuditJob) -> dict[str, Any]:
     measured_on = lineage | {"data_digest": plan.data.digest, "data_url": plan.data.folder.url}
     values = {name + plan.suffix: value for name, value in shares.items() if value is not None}
     taken = [record_score(uri, run, name, value, measured_on) for name, value in values.items()]
+    log.info(
+        "audit: %d of %d samples are copies, %d are near-duplicates; see %s/%s",
+        report["of_samples"]["copies"]["count"], report["samples_n"], report["near_duplicates"]["count"],
+        plan.out.url, PAIRS,
+    )  # fmt: skip
     if recorded := all(taken):
         recorded = record_file(uri, run, f"pairs-{lineage['position']}{plan.suffix}.png", plan.out.get(PAIRS))
     return {"audit": f"{plan.out.url}/{REPORT}", "pairs": f"{plan.out.url}/{PAIRS}", **report, "recorded": recorded}

@@ -92,7 +92,8 @@ class MLflowRun:
         """How to see the run: a command or an address; empty if that is not known yet."""
         uri = self._target.uri
         if not uri.startswith("http"):
-            return f"{Path(sys.prefix) / 'bin' / 'mlflow'} server --backend-store-uri {uri} --port 5000"
+            command = f"{Path(sys.prefix) / 'bin' / 'mlflow'} server --backend-store-uri {uri} --port 5000"
+            return f"MLFLOW_DISABLE_TELEMETRY=true {command}"
         page = f"{uri}/#/experiments/{self._experiment}/runs/{self.run_id}?{TRAINING_PAGES}"
         return page if self.run_id else ""
 

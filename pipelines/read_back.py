@@ -4,6 +4,7 @@ What runs as a task is here, away from the drawing: its process need not wait fo
 """
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from pipelines.errors import DataError
 from pipelines.sample_set import MANIFEST, SUCCESS
 from pipelines.sample_shards import DamagedShardError, Form
 from pipelines.storage import Folder
+
+log = logging.getLogger("brickyard.sampling")
 
 FEW = 8
 """Shards that are read back here; more of them by tasks."""
@@ -72,4 +75,5 @@ def verify(folder: Folder) -> dict[str, Any]:
                 raise DataError(f"{row['wrong']}; {AGAIN}")
             if (found := json.loads(row["found"])) != files[row["shard"]]:
                 raise DataError(f"{folder.url}/{found['name']} is not what was written: its sha256 differs; {AGAIN}")
+    log.info("verified: %d samples, each once and as it was written", len(seeds))
     return {"samples": folder.url, "verified": len(seeds)}

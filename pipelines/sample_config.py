@@ -62,5 +62,6 @@ class SampleJob:
     def seed_range(self) -> range:
         match = re.fullmatch(r"(\d+)-(\d+)", self.seeds)
         if not match or int(match[1]) > int(match[2]):
-            raise ConfigurationError(f"seeds is {self.seeds!r}; it must be FIRST-LAST, such as 0-49999")
+            said = "; the last comes before the first" if match else ""
+            raise ConfigurationError(f"seeds is {self.seeds!r}; it must be FIRST-LAST, such as 0-49999{said}")
         return range(int(match[1]), int(match[2]) + 1)

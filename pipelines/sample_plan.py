@@ -205,10 +205,19 @@ def check_claim(plan: SamplePlan) -> None:
         )
     for name in mine:
         if mine[name] != theirs.get(name, LATER.get(name)):
+            one, other = _differing(theirs.get(name), mine[name])
             raise ConfigurationError(
-                f"{plan.out.url} holds other samples: their {name} is {theirs.get(name)}, this job's is {mine[name]}; "
+                f"{plan.out.url} holds other samples: their {name} is {one}, this job's is {other}; "
                 "give another --out, or delete that folder"
             )
+
+
+def _differing(one: Any, other: Any) -> tuple[Any, Any]:
+    """Of two settings that have parts, return the parts that differ."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return one, other
+    names = [name for name in one | other if one.get(name) != other.get(name)]
+    return {name: one.get(name) for name in names}, {name: other.get(name) for name in names}
 
 
 def _asked_alike(plan: SamplePlan, theirs: dict[str, Any]) -> bool:

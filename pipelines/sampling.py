@@ -83,6 +83,7 @@ def draw_samples(
             tracker.metrics({**rates, "seconds": seconds, "drawn_now": drawn}, len(plan.seeds))
         summary |= {"drawn_now": drawn, **{name: round(rate, 6) for name, rate in rates.items()}}
         summary |= {"see": tracker.see} if tracker.run_id else {}
+    log.info("%d samples, %d of them drawn now, in %s; see %s", len(plan.seeds), summary["drawn_now"], out.url, SHEET)
     return summary | {
         "seconds": round(time.perf_counter() - began, 1),
         "contact_sheet": f"{out.url}/{SHEET}",
@@ -160,8 +161,8 @@ def _draw(
 def _finish(plan: SamplePlan, files: list[dict[str, Any]], check: Callable[[], None], tracker: Tracker) -> None:
     check()
     out = plan.out
-    first = sample_shards.read_samples(out, [sample_shards.shard_name(0)], plan.trained.checkpoint.shape)[:SHEET_IMAGES]
-    sheet = contact_sheet(first)
+    names = [sample_shards.shard_name(i) for i in range(-(-SHEET_IMAGES // plan.draw.shard_images))][: len(files)]
+    sheet = contact_sheet(sample_shards.read_samples(out, names, plan.trained.checkpoint.shape)[:SHEET_IMAGES])
     out.put(SHEET, encode(sheet, "png"))
     tracker.picture(sheet, "samples", len(plan.seeds))
     try:

@@ -109,6 +109,9 @@ def score(job: ScoreJob) -> dict[str, Any]:
             result |= {"pairs_n": [samples.kept.n, reference.kept.n], "neighbours": job.neighbours}
             values += _of_pairs(job, hold_against(job, samples.kept, reference.kept, groups), groups)
     errors = {one.name: standard_error(one.without) for one in values if one.without}
+    for one in values:
+        within = f", within {STUDENT * errors[one.name]:.2g} at 95 %" if one.name in errors else ""
+        log.info("%s: %.4g%s", one.name, one.value, within)
     return result | {one.name: one.value for one in values} | {
         "standard_errors": errors,
         "intervals": {

@@ -129,8 +129,9 @@ def _of_picture(job: TraceJob) -> tuple[dict[str, Any], Claims]:
     if job.samples:
         return _among_samples(job, data, stamp, damage)
     if stamp is None:
+        said = "carries no lineage" if is_png(data) else "is no PNG, so it carries no lineage"
         raise ConfigurationError(
-            f"samples is empty, and {job.image} carries no lineage: give --samples FOLDER to look for it by its pixels"
+            f"{job.image} {said}, and samples is not given: give --samples FOLDER to look for it by its pixels"
         )
     seed, label = stamp.get("seed"), stamp.get("label", -1)
     if not isinstance(seed, int) or not isinstance(label, int) or not 0 <= seed < 1 << 63:

@@ -11,7 +11,8 @@ class TrackingConfig:
     """Where runs are recorded."""
 
     uri: str = ""
-    """An MLflow tracking URI, or `none`. Empty: MLFLOW_TRACKING_URI if that is set, else SQLite in the root."""
+    """An MLflow tracking URI, or `none`. Empty: MLFLOW_TRACKING_URI if that is set; else, for what is trained, SQLite
+    in the root, and for what is made of a network, the database of its training if that is on this machine."""
     experiment: str = "brickyard"
     """The MLflow experiment."""
     log_model: bool = True

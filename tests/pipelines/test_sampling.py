@@ -24,10 +24,11 @@ from pipelines.draw_shard import DrawShard
 from pipelines.errors import ConfigurationError, DataError
 from pipelines.features import pixel_features
 from pipelines.fit import new_state
-from pipelines.images import decode
+from pipelines.images import decode, encode
 from pipelines.ingest import ingest
 from pipelines.ingest_plan import IngestConfig, IngestPlan
 from pipelines.moments import Moments, frechet_distance
+from pipelines.pictures import contact_sheet
 from pipelines.plain import to_dict
 from pipelines.read_back import verify
 from pipelines.replay import ReplayJob
@@ -103,7 +104,9 @@ def test_each_seed_is_there_once_and_the_folder_verifies(run: Folder, samples: F
     found = pictures(folder)
     assert sorted(found) == list(range(100, 125))
     assert len(set(found.values())) == 25
-    assert decode(list(found.values()), "png", (8, 8, 1)).std() > 10
+    every = decode([found[seed] for seed in sorted(found)], "png", (8, 8, 1))
+    assert every.std() > 10
+    assert folder.get("contact-sheet.png") == encode(contact_sheet(every), "png"), "of several shards"
     assert verify(folder) == {"samples": folder.url, "verified": 25}
     assert {"contact-sheet.png", "strip.png", "manifest.json", "_SUCCESS"} <= set(folder.names())
     lineage = json.loads(pq.read_schema(io.BytesIO(folder.get("part-000000.parquet"))).metadata[b"brickyard"])
@@ -197,8 +200,10 @@ def test_other_samples_in_the_folder_are_not_mixed_with(run: Folder, samples: Fo
         replace(job(run, folder), seeds="100-130"),
         replace(job(run, folder), checkpoint=(run / "checkpoint-000000000128").url),
     ):
-        with pytest.raises(ConfigurationError, match=r"holds other samples: their .* this job's is"):
+        with pytest.raises(ConfigurationError, match=r"holds other samples: their .* this job's is") as refused:
             draw_samples(plan_samples(other))
+        if other.draw.steps == 5:  # of the ten settings of a drawing that which differs
+            assert "their draw is {'steps': 4}, this job's is {'steps': 5}" in str(refused.value)
 
 
 def test_verify_sees_what_is_wrong(run: Folder, samples: Folder) -> None:

@@ -228,7 +228,10 @@ def harmed_shard(drawn: Drawn, tmp_path: Path) -> list[str]:
 
 
 CASES: dict[str, tuple[int, str, Harm]] = {
-    "no lineage": (2, "carries no lineage: give --samples FOLDER", lambda d, t: [file(t, d.image(100))]),
+    "no lineage": (
+        2, "carries no lineage, and samples is not given: give --samples FOLDER", lambda d, t: [file(t, d.image(100))],
+    ),
+    "no PNG": (2, "is no PNG, so it carries no lineage", lambda d, t: [file(t, b"# words")]),
     "elsewhere": (
         3, "is none of the 20 samples",
         lambda d, t: [file(t, encode(np.zeros((8, 8, 1), np.uint8), "png")), "--samples", d.samples.url],
