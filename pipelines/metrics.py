@@ -47,13 +47,17 @@ class Metric:
 
         return getattr(ray.util.metrics, self.kind)(self.name, self.help, tag_keys=(TAG,))
 
-    def _take(self, how: str, run: str, value: float) -> None:
+    def _say(self, how: str, run: str, value: float) -> bool:
+        """Tell Ray, if it runs; return whether it was told. Called by who holds the lock."""
         ray = sys.modules.get("ray")
         try:
-            if ray and ray.is_initialized():
-                getattr(self._ray, how)(float(value), {TAG: run})
+            if _hushed or not ray or not ray.is_initialized():
+                return False
+            getattr(self._ray, how)(float(value), {TAG: run})
         except Exception as error:  # whatever it is
             log.debug("%s is not told: %s", self.name, error)
+            return False
+        return True
 
 
 @dataclass(frozen=True)
@@ -64,9 +68,9 @@ class Gauge(Metric):
 
     def set(self, run: str, value: float) -> None:
         """Say what it is, from now on."""
-        with _now:
-            _values[self, run] = value
-            self._take("set", run, value)
+        with _lock:
+            if self._say("set", run, value):
+                _values[self, run] = value
         _say_again()
 
 
@@ -80,12 +84,14 @@ class Counter(Metric):
     def add(self, run: str, amount: float) -> None:
         """Count some more."""
         if amount > 0:  # Ray takes no other
-            self._take("inc", run, amount)
+            with _lock:
+                self._say("inc", run, amount)
 
 
-_now = threading.Lock()
+_lock = threading.Lock()
 _values: dict[tuple[Gauge, str], float] = {}
-"""What is being said, by metric and run."""
+"""What is said again and again, by metric and run."""
+_hushed = False
 
 
 @cache
@@ -95,11 +101,28 @@ def _say_again() -> None:
     def run() -> None:
         while True:
             time.sleep(AGAIN_S)
-            with _now:
+            with _lock:
                 for (gauge, run), value in _values.items():
-                    gauge._take("set", run, value)
+                    gauge._say("set", run, value)
 
     threading.Thread(target=run, name="metrics", daemon=True).start()
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Within this context nobody speaks to Ray, which is about to end; what was said it hands on by itself.
+
+    There are threads that have something to say to the end: no call of theirs is on its way, and none begins.
+    """
+    global _hushed  # noqa: PLW0603
+    with _lock:
+        _hushed = True
+        _values.clear()
+    try:
+        yield
+    finally:
+        with _lock:
+            _hushed = False
 
 
 STARTED = Gauge("brickyard_start_time_seconds", "Unix time at which the job that works on the run has started.")
@@ -139,7 +162,7 @@ def at_work(run: str) -> Iterator[None]:
     try:
         yield
     finally:
-        with _now:
+        with _lock:
             for key in [key for key in _values if key[1] == run]:
                 del _values[key]
     ENDED.set(run, time.time())

@@ -31,7 +31,7 @@ from pipelines.training import train
 from tests.conftest import free_ports
 from tests.jobs import recorded
 from tests.pipelines.states import TINY
-from tests.processes import CODE
+from tests.processes import CODE, without_ray
 from tests.promtool import promtool
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``:DeprecationWarning")  # MLflow's, of SQLAlchemy
@@ -212,6 +212,58 @@ def test_ray_exports_what_the_dashboard_shows_of_it(scraper: Scraper, trained: o
     shown = set(re.findall(r"\bray_(?!brickyard)\w+", (CODE / "infra/grafana/brickyard.json").read_text()))
     on_gpus = {name for name in shown if "_gpus_" in name}
     assert shown - on_gpus <= scraper.last.keys() and len(shown) > len(on_gpus) > 0
+
+
+SPEAKS = """
+import sys, threading, time, urllib.request
+import ray
+from pipelines import metrics
+from pipelines.cluster import cluster
+
+calls, done = [0, 0], threading.Event()
+
+def speak():
+    while not done.is_set():
+        calls[0] += 1
+        metrics.SPOOL.set("r", calls[0])
+        metrics.IMAGES.add("r", 1)
+        calls[1] += metrics._values.get((metrics.SPOOL, "r")) is not None
+
+real, at_end = ray.shutdown, []
+
+def shutdown():
+    at_end.append(list(calls))
+    real()
+    time.sleep(0.2)
+    at_end.append(list(calls))
+
+ray.shutdown = shutdown
+threads = [threading.Thread(target=speak, daemon=True) for _ in range(3)]
+for _ in range(2):  # and a Ray after it is spoken to again
+    before = list(calls)
+    with cluster():
+        for thread in threads:
+            thread.is_alive() or thread.start()
+        with metrics.at_work("w"):
+            time.sleep(0.5)
+        assert calls[1] > before[1] + 3, "they are heard"
+    began, ended = at_end[-2:]
+    assert ended[0] > began[0], "they went on"
+    assert ended[1] <= began[1] + 3, "and were not heard: each was at most at the end of a call"
+    assert not metrics._values
+done.set()
+print("went on")
+"""
+
+
+@pytest.mark.ray
+def test_who_speaks_while_ray_ends_is_not_heard_and_does_no_harm() -> None:
+    """Ray ends a process that touches it while it shuts down; the thread that delivers the record speaks to the end."""
+    done = subprocess.run(
+        [sys.executable, "-c", SPEAKS], cwd=CODE, env=without_ray() | {"PYTHONPATH": str(CODE)},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "went on\n"), done.stderr
 
 
 WITHOUT_RAY = """
