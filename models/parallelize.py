@@ -108,18 +108,7 @@ def construct(make: Callable[[], M], seed: int, config: ParallelConfig, device: 
     shares = config.shares(workers)
     with torch.device("meta"):
         model = make()
-    blocks = model.blocks()  # type: ignore[operator]
-    if config.compile:
-        # Blocks share their code, and torch counts by code: let each have as many shapes as it would let one have.
-        dynamo = torch._dynamo.config
-        dynamo.recompile_limit = max(dynamo.recompile_limit, DISTINCT_SHAPES * len(blocks))
-    if config.checkpoint_activations:
-        checkpoint_activations(model)
-    if config.compile:
-        for block in blocks:
-            _wrap(block, _compiled)
-    if config.precision == "bfloat16":
-        _wrap(model, lambda forward: _in_bfloat16(forward, device))
+    set_how_to_compute(model, config, device)
     if shares > 1:
         _shard(model, config, device, workers // shares, shares)
     else:
@@ -132,10 +121,21 @@ def construct(make: Callable[[], M], seed: int, config: ParallelConfig, device: 
     return model, DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
-def checkpoint_activations(model: nn.Module) -> None:
-    """Have each block keep what goes into it only, and compute the rest again on the way back."""
-    for block in model.blocks():  # type: ignore[operator]
-        _wrap(block, _checkpointed)
+def set_how_to_compute(model: nn.Module, config: ParallelConfig, device: torch.device) -> None:
+    """Take steps 2 and 3 of :func:`construct`: what a worker computes, whatever it has of the model."""
+    blocks = model.blocks()  # type: ignore[operator]
+    if config.compile:
+        # Blocks share their code, and torch counts by code: let each have as many shapes as it would let one have.
+        dynamo = torch._dynamo.config
+        dynamo.recompile_limit = max(dynamo.recompile_limit, DISTINCT_SHAPES * len(blocks))
+    if config.checkpoint_activations:  # keep what goes into a block only, and compute the rest again on the way back
+        for block in blocks:
+            _wrap(block, _checkpointed)
+    if config.compile:
+        for block in blocks:
+            _wrap(block, _compiled)
+    if config.precision == "bfloat16":
+        _wrap(model, lambda forward: _in_bfloat16(forward, device))
 
 
 @contextmanager

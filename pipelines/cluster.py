@@ -13,6 +13,7 @@ import ray
 from ray.data import DataContext
 
 from pipelines.errors import ConfigurationError
+from pipelines.metrics import hushed
 
 log = logging.getLogger("brickyard.cluster")
 
@@ -92,6 +93,7 @@ def cluster() -> Iterator[None]:
         gc.collect()
         gc.disable()
         try:
-            ray.shutdown()
+            with hushed():
+                ray.shutdown()
         finally:
             gc.enable()

@@ -19,6 +19,7 @@ from pipelines.fit_config import FitConfig
 from pipelines.images import View
 from pipelines.ingest_plan import IngestConfig
 from pipelines.scaling import ScalingConfig
+from pipelines.sizing_config import SizingConfig
 from pipelines.storage import Folder, settled
 from pipelines.tracking_config import TrackingConfig
 
@@ -129,6 +130,7 @@ class TrainJob:
     draw: DrawConfig = field(default_factory=DrawConfig)
     keep_checkpoints: int = 3
     """Checkpoints that are kept, the newest."""
+    sizing: SizingConfig = field(default_factory=SizingConfig)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "root", settled(self.root))

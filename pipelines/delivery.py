@@ -12,6 +12,7 @@ from typing import Protocol
 
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_exponential
 
+from pipelines import metrics
 from pipelines.entries import Entry
 from pipelines.spool import Numbered, Spool
 
@@ -143,6 +144,7 @@ class Delivery:
             raise _NotTakenError(f"{spool.path}: {error}") from error
 
     def _try(self, spool: Spool) -> bool:
+        metrics.SPOOL.set(spool.target.name, spool.size_bytes())
         found = spool.oldest(alone=self._failures > 0)
         if not found:
             return False
@@ -156,6 +158,7 @@ class Delivery:
             if not self._is_poison(found, known[0], error):
                 raise _NotTakenError(f"{type(error).__name__}: {error}") from error
         spool.remove([number for number, _ in found])
+        metrics.SPOOL.set(spool.target.name, spool.size_bytes())
         self._failures = 0
         self._progress = time.monotonic()
         if self._away:

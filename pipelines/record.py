@@ -1,10 +1,11 @@
-"""What rank 0 has to say, on its way to the tracker and to the terminal.
+"""What rank 0 has to say, on its way to the tracker, to Prometheus and to the terminal.
 
 It travels through a bounded queue to the driver, which alone speaks to the tracker: no tracker can hold a worker up.
 """
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -13,6 +14,7 @@ import ray
 from ray.util.queue import Empty, Full, Queue
 from torch import Tensor
 
+from pipelines import metrics as seen
 from pipelines.fit import x_0_to_pixels
 from pipelines.pictures import contact_sheet
 from pipelines.progress import TrainingProgress
@@ -114,17 +116,19 @@ def send(wire: Queue, message: Message) -> None:
 
 
 class Record:
-    """Moves messages from the workers to the tracker and to the terminal, in a thread of the driver, and says the
-    positions of checkpoints to whom it may concern."""
+    """Moves messages from the workers to the tracker, to Prometheus and to the terminal, in a thread of the driver, and
+    says the positions of checkpoints to whom it may concern."""
 
-    def __init__(self, wire: Queue, tracker: Tracker, images: int, on_commit: Callable[[int], None]) -> None:
+    def __init__(self, wire: Queue, tracker: Tracker, name: str, images: int, on_commit: Callable[[int], None]) -> None:
         self.last: dict[str, float] = {}
         self.started_at: int | None = None
         """Where the first workers began, in images; None: none have."""
-        self._wire, self._tracker, self._on_commit = wire, tracker, on_commit
+        self._wire, self._tracker, self._name, self._on_commit = wire, tracker, name, on_commit
         self._progress = TrainingProgress(images)
         self._starts = 0
         self._closing = threading.Event()
+        seen.LENGTH.set(name, images)
+        seen.CHECKPOINT.set(name, time.time())
         self._thread = threading.Thread(target=self._run, name="record", daemon=True)
         self._thread.start()
 
@@ -149,6 +153,11 @@ class Record:
                 self.last |= {"loss": metrics["loss"], "images_per_s": round(metrics["images_per_s"], 1)}
                 for name in ("images_replaced", "storage_retries", "steps_skipped"):
                     self.last[name] = self.last.get(name, 0) + metrics[name]
+                seen.POSITION.set(self._name, position)
+                seen.RATE.set(self._name, metrics["images_per_s"])
+                seen.DATA_WAIT.set(self._name, metrics["data_wait_percent"] / 100)
+                seen.QUARANTINED.add(self._name, metrics["images_replaced"])
+                seen.STORAGE_RETRIES.add(self._name, metrics["storage_retries"])
                 self._progress.update(position, metrics)
                 self._tracker.metrics(metrics, position)
             case Used(position, metrics):
@@ -157,6 +166,9 @@ class Record:
                 self._tracker.picture(contact_sheet(x_0_to_pixels(samples).numpy()), "samples", position)
             case Committed(position, seconds, waited_s, copied_s):
                 log.info("checkpoint at %d images, %.2f s", position, seconds)
+                seen.CHECKPOINT.set(self._name, time.time())
+                seen.CHECKPOINT_TOOK.set(self._name, seconds)
+                seen.CHECKPOINT_STALL.add(self._name, waited_s + copied_s)
                 if waited_s > 1:
                     log.warning(
                         "training stood still for %.1f s until storage had taken the checkpoint before that at %d "
@@ -180,6 +192,8 @@ class Record:
             case Started(position, workers):
                 log.info("%d workers train from %d images on", workers, position)
                 self._starts += 1
+                seen.POSITION.set(self._name, position)
+                seen.WORKER_STARTS.add(self._name, 1)
                 self._tracker.tags({"brickyard.workers": str(workers), "brickyard.worker_starts": str(self._starts)})
                 if self.started_at is None:
                     self.started_at = position

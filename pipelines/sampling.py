@@ -21,7 +21,7 @@ import ray.data
 import torch
 from ray.data import ActorPoolStrategy
 
-from pipelines import sample_shards
+from pipelines import metrics, sample_shards
 from pipelines.cluster import cluster
 from pipelines.draw_shard import DrawShard
 from pipelines.errors import BrickyardError, DataError
@@ -101,9 +101,11 @@ def _draw_and_finish(plan: SamplePlan, missing: list[int], slot: Slot | None, tr
     read = ReadBack(
         plan.out, plan.seeds, plan.draw.shard_images, plan.trained.checkpoint.shape, plan.also, plan.trained.labels
     )
-    with cluster():
+    # The slots of a schedule are many; Prometheus hears of the schedule.
+    name = plan.out.url.split("/")[-2] if slot else plan.out.name
+    with cluster(), metrics.at_work(name):
         for attempt in range(ROUNDS):
-            rows = chain(_draw(plan, missing, attempt > 0, read, slot), read.all(present))
+            rows = chain(_draw(plan, missing, attempt > 0, read, slot, name), read.all(present))
             missing, present = [], []
             for row in rows:
                 drawn += row.get("images", 0)
@@ -121,9 +123,12 @@ def _draw_and_finish(plan: SamplePlan, missing: list[int], slot: Slot | None, tr
 
 
 def _draw(
-    plan: SamplePlan, shards: list[int], anew: bool, read: ReadBack, slot: Slot | None
+    plan: SamplePlan, shards: list[int], anew: bool, read: ReadBack, slot: Slot | None, name: str
 ) -> Iterator[dict[str, Any]]:
-    """Draw shards, those that are there too if ``anew``, and read each back while the next ones are drawn."""
+    """Draw shards, those that are there too if ``anew``, and read each back while the next ones are drawn.
+
+    Prometheus knows them by a name.
+    """
     if not shards:
         return
     actors = min(plan.draw.actors, len(shards))
@@ -139,12 +144,18 @@ def _draw(
         )
         .map(read, num_cpus=0)  # so that there is room for it, whatever the actors take
     )
-    progress = SampleProgress(sum(len(plan.shard_seeds(shard)) for shard in shards))
+    left = sum(len(plan.shard_seeds(shard)) for shard in shards)
+    progress = SampleProgress(left)
+    metrics.SAMPLES_LEFT.set(name, left)
     for row in dataset.iter_rows():
         if slot:
             slot.check()
         progress.update(row["images"])
+        left -= row["images"]
+        metrics.SAMPLES.add(name, row["images"])
+        metrics.SAMPLES_LEFT.set(name, left)
         yield row
+    metrics.SAMPLES_LEFT.set(name, 0)  # what an actor had written before it died is not told again
 
 
 def _finish(plan: SamplePlan, files: list[dict[str, Any]], check: Callable[[], None], tracker: Tracker) -> None:

@@ -27,6 +27,7 @@ from pipelines.ingest import ingest
 from pipelines.ingest_plan import IngestPlan
 from pipelines.lineage import Trained, git_revision, ray_job
 from pipelines.manifest import NAME, Manifest
+from pipelines.metrics import at_work
 from pipelines.plain import flatten, to_dict, to_yaml
 from pipelines.results import evaluate, export, record_results
 from pipelines.scoring import METRIC
@@ -110,7 +111,7 @@ def _train_on(job: TrainJob, data: Folder, manifest: Manifest) -> dict[str, Any]
         profile = {"rows": manifest.rows, "labels": dict(zip(manifest.labels, manifest.label_counts, strict=True))}
         tracker.append(DataSet(data.name, manifest.digest, data.url, profile))
         about = describe(job, data, manifest, tracker)
-        with cluster(), Validator(job, data, manifest, tracker) as validator:
+        with cluster(), at_work(job.name), Validator(job, data, manifest, tracker) as validator:
             summary = _train(job, data, manifest, about, tracker, validator)
             trained = Trained.find(job.run.url)  # once: it reads every byte
             validator.take(trained.checkpoint.position)  # in case that word of it was lost
@@ -233,6 +234,7 @@ def identity(job: TrainJob, manifest: Manifest | None) -> dict[str, Any]:
         "scaling.",
         "tracking.",
         "draw.",
+        "sizing.",
     )
     kept = {k: v for k, v in everything.items() if k not in may_change and not k.startswith(groups)}
     return kept | ({DATA: manifest.digest} if manifest else {})

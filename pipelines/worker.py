@@ -21,7 +21,7 @@ from torch import Tensor
 from models.network import build
 from models.parallelize import construct
 from models.samplers import sample_noise
-from pipelines import checkpoints
+from pipelines import checkpoints, metrics
 from pipelines.checkpoints import Checkpoint
 from pipelines.config import TrainJob
 from pipelines.errors import BrickyardError, TryAgainError
@@ -128,9 +128,12 @@ class WorkerListener(Listener):
 
     def notice(self) -> bool:
         """Whether the workers must leave; the same on all ranks, once a step."""
-        self._position += self.task.job.fit.batch_images
+        job = self.task.job
+        self._position += job.fit.batch_images
         self._watch.step()
-        if self._usage and self._position % self.task.job.fit.log_images == 0:
+        if self.world.rank == 0:
+            metrics.IMAGES.add(job.name, job.fit.batch_images)
+        if self._usage and self._position % job.fit.log_images == 0:
             self.send(Used(self._position, self._usage.look()))
         return self._notice()
 

@@ -58,7 +58,7 @@ def run_workers(
     check_node_labels(job.data.wanted_labels)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     wire = Queue(MAX_WAITING, actor_options={"num_cpus": 0, "scheduling_strategy": here})  # other nodes may go
-    record = Record(wire, tracker, job.fit.images, on_commit)
+    record = Record(wire, tracker, job.name, job.fit.images, on_commit)
     try:
         _run_ray_train(job, TrainTask(job, data, manifest, about, wire))
     finally:
