@@ -73,7 +73,7 @@ answers() {
     # By its standard input: what stands on a command line everybody on this machine can read.
     # shellcheck disable=SC2001  # of two characters
     printf 'user = "%s"\n' "$(sed 's/[\\"]/\\&/g' <<<"$ADMIN:$PASSWORD")" \
-        | curl -fs -o /dev/null -m 3 -K - "http://127.0.0.1:$PORT/api/2.0/mlflow/experiments/search?max_results=1"
+        | curl -fs -o /dev/null -m 10 -K - "http://127.0.0.1:$PORT/api/2.0/mlflow/experiments/search?max_results=1"
 }
 
 up() {

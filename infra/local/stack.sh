@@ -1,0 +1,170 @@
+#!/usr/bin/env bash
+# A whole cluster on this machine, without Docker: stack.sh {up|down|status|env|wipe} [NODE…]
+#
+#   up [N]     start what is not running of: S3, PostgreSQL, MLflow, N nodes of Ray (3); and print its environment
+#   down       stop all of it; what it holds stays in STACK_DATA
+#   down K…    take away these nodes, as a cloud does: Ray is told first, and has 30 s; node 1 is the head
+#   status     say what answers; exit 1 if any of it does not
+#   env        print the environment of those who use it: eval "$(infra/local/stack.sh env)"
+#   wipe       stop it and remove STACK_DATA
+#
+# Each node is a raylet of its own with an address of its own, 127.0.0.2 and on, as if it were a machine; node 1 has
+# the dashboard, on 127.0.0.1. Whoever speaks to Ray, to MLflow or to S3 needs the secret of each, which is made up at
+# the first start. The dashboard, MLflow, PostgreSQL and S3 listen on loopback only. Ray's own ports cannot be told to;
+# they answer those who have the token, and that is no reason to open them to a network.
+# The nodes have the environment of who starts them, so jobs find S3 and MLflow by it, and none of it is in a job's own.
+#
+# It needs `pip install -e '.[server]'` (`make up` does that) and what s3.sh and mlflow.sh say. Environment, all optional:
+# STACK_DATA, STACK_NET (127.0.0), RAY_PORT (6379; the next one is taken too), DASHBOARD_PORT (8265), MLFLOW_PORT (5000;
+# and the next), S3_PORT (9000; and twelve more), NODE_CPUS and NODE_STORE_BYTES (what each node offers: the CPUs of
+# this machine; 1 GiB for objects), STACK_BIN (the folder of `ray` and `mlflow`).
+set -euo pipefail
+
+HERE=$(cd "$(dirname "$0")" && pwd)
+DATA=$(realpath -m "${STACK_DATA:-${XDG_CACHE_HOME:-$HOME/.cache}/brickyard/stack}")
+NET=${STACK_NET:-127.0.0} PORT=${RAY_PORT:-6379} DASHBOARD=${DASHBOARD_PORT:-8265}
+S3=("$DATA/s3" "${S3_PORT:-9000}") MLFLOW=("$DATA/mlflow" "${MLFLOW_PORT:-5000}")
+RUN=${TMPDIR:-/tmp}/brickyard-ray.$(id -u).$PORT # short: the name of a unix socket has at most 107 bytes
+BIN=${STACK_BIN:-} COMMAND=${1:-}
+shift || true
+
+fail() { echo "stack.sh: $*" >&2; exit 1; }
+secret() { # NAME: it, made up at the first time
+    [ -s "$DATA/$1" ] || (umask 077; head -c 32 /dev/urandom | sha256sum | cut -d ' ' -f 1 >"$DATA/$1")
+    cat "$DATA/$1"
+}
+
+find_programs() {
+    [ -n "$BIN" ] || BIN=$(realpath -m "$HERE/../../.venv/bin")
+    [ -x "$BIN/ray" ] || BIN=$(dirname "$(command -v ray)") || fail "there is no ray: make up, or give STACK_BIN"
+    export PATH="$BIN:$PATH" MLFLOW_BIN=$BIN/mlflow
+}
+
+storage() { S3_SECRET_KEY=$(secret s3-secret) "$HERE/s3.sh" "$1" "${S3[@]}"; }
+tracker() { "$HERE/mlflow.sh" "$1" "${MLFLOW[@]}"; }
+
+# --- Ray --------------------------------------------------------------------------------------------------------------
+
+address() { echo "$NET.$(($1 + 1))"; }
+nodes() { # those that were started and not taken away
+    local file
+    for file in "$DATA"/node-*.pid; do [ ! -e "$file" ] || basename "$file" .pid | cut -d - -f 2; done | sort -n
+}
+mark() { echo "BRICKYARD_STACK=$DATA:$1"; } # all that a node starts inherits it: by it, and nothing else, it is known
+of_node() { grep -lszxF -- "$(mark "$1")" /proc/[0-9]*/environ 2>/dev/null | cut -d / -f 3; }
+alive() { [ -n "$(of_node "$1")" ] && kill -0 "$(cat "$DATA/node-$1.pid")" 2>/dev/null; }
+authorized() { # URL: by a file, since everybody on this machine can read a command line
+    curl -fs -o /dev/null -m 3 -H @<(echo "Authorization: Bearer $(cat "$DATA/ray-token")") "$1"
+}
+# The second answers once jobs can be submitted there: Ray refuses them before, with "no available agent".
+answers() { authorized "http://$(address "$1"):52365/api/local_raylet_healthz" && { [ "$1" != 1 ] || authorized "http://127.0.0.1:$DASHBOARD/api/version"; }; }
+
+begin() { # NODE: as a process group of its own; 9 is the lock, which must not outlive us
+    local where=("--address=$(address 1):$PORT")
+    if [ "$1" = 1 ]; then
+        where=(--head "--port=$PORT" "--ray-client-server-port=$((PORT + 1))" "--temp-dir=$RUN"
+            --include-dashboard=true --dashboard-host=127.0.0.1 "--dashboard-port=$DASHBOARD")
+    fi
+    # Workers listen on ports that the system deals out: those that Ray counts through are the same on each node.
+    env "$(mark "$1")" RAY_AUTH_MODE=token "RAY_AUTH_TOKEN_PATH=$DATA/ray-token" \
+        setsid "$BIN/ray" start --block --disable-usage-stats "${where[@]}" "--node-ip-address=$(address "$1")" \
+        --min-worker-port=0 --max-worker-port=0 "--num-cpus=${NODE_CPUS:-$(nproc)}" \
+        "--object-store-memory=${NODE_STORE_BYTES:-$((1 << 30))}" >>"$DATA/log/node-$1.out" 2>&1 </dev/null 9>&- &
+    echo $! >"$DATA/node-$1.pid"
+}
+
+await() { # NODE: until it answers, while it lives
+    for _ in $(seq 240); do
+        if answers "$1"; then return 0; fi
+        alive "$1" || break
+        sleep 0.5
+    done
+    tail -n 15 "$DATA/log/node-$1.out" >&2
+    fail "node $1 did not come up; see $DATA/log and $RUN/session_latest/logs"
+}
+
+end() { # NODE…: as clouds take machines away: a signal, time to drain, and then what is left of it
+    local node pids
+    for node in "$@"; do if alive "$node"; then kill -TERM "$(cat "$DATA/node-$node.pid")" || true; fi; done
+    for node in "$@"; do
+        for _ in $(seq 80); do alive "$node" || break; sleep 0.5; done
+        while pids=$(of_node "$node") && [ -n "$pids" ]; do
+            # shellcheck disable=SC2086  # several
+            kill -KILL $pids 2>/dev/null || true
+            sleep 0.1
+        done
+        rm -f "$DATA/node-$node.pid"
+    done
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+show() {
+    storage env
+    tracker env
+    echo "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$DATA/ray-token RAY_API_SERVER_ADDRESS=http://127.0.0.1:$DASHBOARD"
+    echo "case :\$PATH: in *:$BIN:*) ;; *) export PATH=$BIN:\$PATH ;; esac"
+}
+
+up() {
+    local node several=$1
+    mkdir -p "$DATA/log"
+    secret ray-token >/dev/null
+    eval "$(storage up)"
+    eval "$(tracker up)"
+    "$BIN/python" -c 'import fsspec; s3 = fsspec.filesystem("s3"); s3.exists("yard") or s3.mkdir("yard")'
+    # shellcheck disable=SC2046  # several
+    alive 1 || end $(nodes) # nodes outlive their head by moments, and join no other
+    for node in 1 $(seq 2 "$several"); do
+        if ! alive "$node"; then end "$node"; begin "$node"; fi
+        await "$node" # two that start at once may take the same name for their sockets
+    done
+}
+
+down() {
+    # shellcheck disable=SC2046  # several
+    end $(nodes | grep -vx 1) $(nodes | grep -x 1)
+    rm -rf "$RUN"
+    if [ -d "$DATA/mlflow" ]; then tracker stop; fi
+    if [ -d "$DATA/s3" ]; then storage stop; fi
+}
+
+status() {
+    local node down=0
+    for node in s3 mlflow $(nodes); do
+        if case $node in
+            s3) storage status >/dev/null 2>&1 ;;
+            mlflow) tracker status >/dev/null 2>&1 ;;
+            *) answers "$node" ;;
+        esac then echo "$node healthy"; else echo "$node down"; down=1; fi
+    done
+    return $down
+}
+
+usage() { sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"; exit 2; }
+
+[ "$COMMAND" = up ] || [ -d "$DATA" ] || [ "$COMMAND" = wipe ] || fail "there is nothing in $DATA: infra/local/up"
+case $COMMAND in
+    up)
+        [[ ${1:-3} =~ ^[1-9][0-9]*$ && ${1:-3} -le 250 ]] || fail "up $1: give how many nodes there shall be, 1 to 250"
+        find_programs
+        mkdir -p "$DATA"
+        (flock 9; up "${1:-3}") 9>"$DATA/lock"
+        show
+        ;;
+    down)
+        for node in "$@"; do
+            [ -e "$DATA/node-$node.pid" ] || fail "down $node: there is no such node, but $(nodes | tr '\n' ' ')"
+            [ "$node" != 1 ] || fail "down 1: the head goes with all of it: infra/local/down"
+        done
+        (flock 9; if [ $# = 0 ]; then down; else end "$@"; fi) 9>"$DATA/lock"
+        ;;
+    status) status ;;
+    env) find_programs; show ;;
+    wipe)
+        [ ! -e "$DATA" ] || [ -e "$DATA/ray-token" ] || fail "$DATA is not one of ours: it stays"
+        if [ -e "$DATA" ]; then (flock 9; down) 9>"$DATA/lock"; fi
+        rm -rf "$DATA"
+        ;;
+    *) usage ;;
+esac
