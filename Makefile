@@ -1,4 +1,5 @@
-# Two commands for a new user: `make train` and `make test`. Everything lives below this folder.
+# Two commands for a new user: `make train` and `make test`. Everything lives below this folder, but for what servers
+# hold, which lies in the user's cache.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -8,7 +9,7 @@ PRESET ?= digits
 FLAGS  ?=
 PORT   ?= 5000
 
-.PHONY: train test test-faults lint ui clean
+.PHONY: train test test-faults lint ui up down clean
 
 train: $(VENV)/.installed  ## real images → trained network → samples → score → pictures
 	$(BIN)/python jobs/train.py $(PRESET) --root $(ROOT) $(FLAGS)
@@ -32,6 +33,13 @@ lint: $(VENV)/.installed-test  ## style, types, layers
 ui: $(VENV)/.installed  ## compare runs at http://127.0.0.1:5000, or another PORT
 	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow server --backend-store-uri sqlite:///$(ROOT)/mlflow.db --host 127.0.0.1 --port $(PORT)
 
+up: $(VENV)/.installed-server  ## a cluster on this machine: S3, PostgreSQL, MLflow and three nodes of Ray
+	STACK_BIN=$(abspath $(BIN)) infra/local/up >/dev/null  # which holds secrets
+	infra/local/stack.sh status
+
+down:  ## stop it; what it holds stays
+	infra/local/down
+
 clean:  ## remove what the jobs made; the environment stays
 	rm -rf $(ROOT)
 
@@ -39,6 +47,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "installing 2.3 GB below $(VENV), which takes some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.installed-server: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[server]'
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

@@ -106,8 +106,22 @@ show() {
     echo "case :\$PATH: in *:$BIN:*) ;; *) export PATH=$BIN:\$PATH ;; esac"
 }
 
+vacant() { # FILE NAME PORT…: unless it is our own, whose file is there, nobody may listen: it would be taken for ours
+    local port file=$1 name=$2; shift 2
+    [ ! -e "$file" ] || return 0
+    for port in "$@"; do
+        if (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
+            fail "port $port is another's: end that, or give another $name"
+        fi
+    done
+}
+
 up() {
     local node several=$1
+    vacant "${TMPDIR:-/tmp}/brickyard-s3.$(id -u).${S3[1]}/rgw.pid" S3_PORT "${S3[1]}"
+    vacant "$DATA/mlflow/server.pid" MLFLOW_PORT "${MLFLOW[1]}" $((MLFLOW[1] + 1))
+    vacant "$DATA/node-1.pid" RAY_PORT "$PORT"
+    vacant "$DATA/node-1.pid" DASHBOARD_PORT "$DASHBOARD"
     mkdir -p "$DATA/log"
     secret ray-token >/dev/null
     eval "$(storage up)"
@@ -163,8 +177,10 @@ case $COMMAND in
     env) find_programs; show ;;
     wipe)
         [ ! -e "$DATA" ] || [ -e "$DATA/ray-token" ] || fail "$DATA is not one of ours: it stays"
-        if [ -e "$DATA" ]; then (flock 9; down) 9>"$DATA/lock"; fi
-        rm -rf "$DATA"
+        if [ -e "$DATA" ]; then
+            (flock 9; down; tracker wipe; storage wipe) 9>"$DATA/lock"
+            rm -rf "$DATA"
+        fi
         ;;
     *) usage ;;
 esac
