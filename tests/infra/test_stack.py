@@ -26,8 +26,8 @@ pytestmark = pytest.mark.ray
 
 NET = "127.1.0"
 TRAIN = [
-    "jobs/train.py", "digits", "--root=s3://yard", "--fit.images=9600", "--fit.batch-images=96",
-    "--fit.micro-images=32", "--fit.log-images=960", "--fit.checkpoint-images=2400", "--fit.grid-images=9600",
+    "jobs/train.py", "digits", "--root=s3://yard", "--fit.images=14400", "--fit.batch-images=96",
+    "--fit.micro-images=32", "--fit.log-images=960", "--fit.checkpoint-images=2400", "--fit.grid-images=14400",
     "--evaluate-images=0", "--scaling.workers=3", "--scaling.min-workers=1", "--tracking.register=digits",
 ]  # fmt: skip
 SAMPLE = [
@@ -171,7 +171,7 @@ def test_a_run_outlives_a_node_and_its_samples_are_made_once(stack: Stack) -> No
     finally:
         kill(train)
     said = last_word(stack.log)
-    assert (said["images"], said["exit_code"]) == (9600, 0)
+    assert (said["images"], said["exit_code"]) == (14400, 0)
     assert len(re.findall("workers? trains? from (?!0 )", stack.log)) >= 1, "it went on from where it was"
     # What MLflow has not taken by the end, on a busy machine, waits in the bucket.
     command = [sys.executable, "jobs/replay.py", "s3://yard/runs/digits"]
