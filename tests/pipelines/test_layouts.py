@@ -1,8 +1,9 @@
-"""The same run on any layout. Run as a program, this file is one of W workers, real processes with gloo between them.
+"""The same run on any layout. Run as a program, this file is W workers, real processes with gloo between them.
 
 Every case is a whole run of a few steps: labels that are dropped, t that follows the losses, two power averages.
 """
 
+import multiprocessing
 import subprocess
 import sys
 from dataclasses import replace
@@ -146,7 +147,6 @@ def run(case: Case, dtype: torch.dtype, pixels: np.ndarray, world: World, away: 
 
 def take_part(folder: Path, size: int, rank: int) -> None:
     """Be one of the workers, in every case of so many of them."""
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", world_size=size, rank=rank)
     pixels, found = np.load(folder / "pixels.npy"), {}
     for number, case in enumerate(CASES[size]):
@@ -174,8 +174,7 @@ def workers(digits: tuple[np.ndarray, np.ndarray], tmp_path_factory: pytest.Temp
         folder = tmp_path_factory.mktemp(f"{size}-workers")
         np.save(folder / "pixels.npy", digits[0])
         command = [sys.executable, "-W", "error", "-m", "tests.pipelines.test_layouts", str(folder), str(size)]
-        started = [subprocess.Popen([*command, str(rank)]) for rank in range(size)]
-        assert [worker.wait(timeout=500) for worker in started] == [0] * size
+        subprocess.run(command, check=True, timeout=500)
         return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
 
     return start
@@ -251,5 +250,17 @@ def test_one_bad_gradient_stops_all_workers_before_the_optimizer_moves(size: int
     assert skipped == [0, 1, 0, 0]
 
 
+def main(folder: str, size: str) -> int:
+    """Be all of the workers: each a fork of this process, so that what takes longest, the imports, is done once."""
+    torch.set_num_threads(1)
+    forked = multiprocessing.get_context("fork")
+    workers = [forked.Process(target=take_part, args=(Path(folder), int(size), rank)) for rank in range(int(size))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return sum(worker.exitcode != 0 for worker in workers)
+
+
 if __name__ == "__main__":
-    take_part(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    sys.exit(main(*sys.argv[1:]))
