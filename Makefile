@@ -8,7 +8,7 @@ PRESET ?= digits
 FLAGS  ?=
 PORT   ?= 5000
 
-.PHONY: train test test-faults lint ui clean
+.PHONY: train test test-faults lint audit ui clean
 
 train: $(VENV)/.installed  ## real images → trained network → samples → score → pictures
 	$(BIN)/python jobs/train.py $(PRESET) --root $(ROOT) $(FLAGS)
@@ -28,6 +28,9 @@ lint: $(VENV)/.installed-test  ## style, types, layers
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+audit: $(VENV)/.installed-test  ## what is pinned: known vulnerabilities, and what the registry has taken back
+	$(BIN)/python infra/audit.py constraints.txt
 
 ui: $(VENV)/.installed  ## compare runs at http://127.0.0.1:5000, or another PORT
 	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow server --backend-store-uri sqlite:///$(ROOT)/mlflow.db --host 127.0.0.1 --port $(PORT)
