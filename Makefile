@@ -9,7 +9,7 @@ PRESET ?= digits
 FLAGS  ?=
 PORT   ?= 5000
 
-.PHONY: train test test-faults lint ui up down clean
+.PHONY: train test test-faults lint audit ui up down clean
 
 train: $(VENV)/.installed  ## real images → trained network → samples → score → pictures
 	$(BIN)/python jobs/train.py $(PRESET) --root $(ROOT) $(FLAGS)
@@ -29,6 +29,9 @@ lint: $(VENV)/.installed-test  ## style, types, layers
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+audit: $(VENV)/.installed-test  ## what is pinned: known vulnerabilities, and what the registry has taken back
+	$(BIN)/python infra/audit.py constraints.txt
 
 ui: $(VENV)/.installed  ## compare runs at http://127.0.0.1:5000, or another PORT
 	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow server --backend-store-uri sqlite:///$(ROOT)/mlflow.db --host 127.0.0.1 --port $(PORT)

@@ -17,6 +17,7 @@ import tyro
 from pipelines.errors import ConfigurationError, DataError, TryAgainError, ours
 from pipelines.invocation import LEAVE_WITH, Invocation
 from pipelines.plain import file_as_flags, to_yaml
+from pipelines.redaction import guarded, redacted_in, shows_secret
 
 J = TypeVar("J")
 DONE, FAILED, BAD_CONFIGURATION, BAD_DATA, TRY_AGAIN, INTERRUPTED = 0, 1, 2, 3, 75, 130
@@ -32,14 +33,16 @@ def parse(cls: type[J], presets: dict[str, tuple[str, J]], argv: list[str]) -> I
     """Resolve a command line: a preset's name first if there are any, then a file, then flags.
 
     Raises:
-        ConfigurationError: for an unknown preset, or for a file that cannot be used.
+        ConfigurationError: for an unknown preset, a file that cannot be used, or a secret among the settings.
         SystemExit: 2 for flags that cannot be used, and 0 after --help.
     """
     default: J | None = None
     if argv and not argv[0].startswith("-"):
         default, argv = _preset(presets, argv[0]), argv[1:]
+    _refuse_secrets(argv)
     if file := _flag(argv, "--config"):
-        argv = [*file_as_flags(cls, file), *argv]
+        _refuse_secrets(said := file_as_flags(cls, file))
+        argv = [*said, *argv]
     lines = [cls.__doc__ or "", "", EXIT_CODES]
     if presets:
         lines[1:1] = [
@@ -64,6 +67,20 @@ def _preset(presets: dict[str, tuple[str, J]], name: str) -> J:
         f"did you mean {near[0]!r}?" if near else f"there are {', '.join(presets)}" if presets else "this job has none"
     )
     raise ConfigurationError(f"{name!r} is no preset; {hint}")
+
+
+def _refuse_secrets(argv: list[str]) -> None:
+    """Raise ConfigurationError if a flag has a secret in it, which is not said."""
+    flag = "the command line"
+    for word in argv:
+        if word.startswith("--"):
+            flag = word.partition("=")[0]
+        if shows_secret(word):
+            raise ConfigurationError(
+                f"{flag} holds a password, a token or a signature, and settings are printed, kept and recorded: give "
+                "the address alone, and the credentials where its client looks for them, such as AWS_ACCESS_KEY_ID "
+                "and AWS_SECRET_ACCESS_KEY, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            )
 
 
 def _flag(argv: list[str], flag: str) -> str:
@@ -94,37 +111,48 @@ def run(
     Returns:
         The exit code.
     """
+    with guarded():
+        outcome, code = _run(cls, sys.argv[1:] if argv is None else argv, work, plan, presets or {})
+    if outcome is not None:
+        print(json.dumps(redacted_in({**outcome, "exit_code": code})), flush=True)
+    return code
+
+
+def _run(
+    cls: type[J],
+    argv: list[str],
+    work: Callable[[J], dict[str, Any]],
+    plan: Callable[[J], dict[str, Any]],
+    presets: dict[str, tuple[str, J]],
+) -> tuple[dict[str, Any] | None, int]:
+    """Return what a job did, or None if nobody reads it, and the exit code."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     log.addHandler(handler)
-    outcome: dict[str, Any] = {}
     try:
         try:
-            asked = parse(cls, presets or {}, sys.argv[1:] if argv is None else argv)
+            asked = parse(cls, presets, argv)
         except BrokenPipeError:  # whoever read has seen enough, as in `--help | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return INTERRUPTED
+            return None, INTERRUPTED
         with _sigterm_as_interrupt(), _stdout_as_stderr():
             _leave_with(os.environ.pop(LEAVE_WITH, ""))
             log.setLevel(logging.DEBUG if asked.verbose else logging.INFO)
             print("# the resolved configuration\n" + to_yaml(asked.job), file=sys.stderr, end="", flush=True)
-            outcome = (plan if asked.dry_run else work)(asked.job)
-            code = DONE
+            return (plan if asked.dry_run else work)(asked.job), DONE
     except SystemExit as error:  # --help, or flags that the command line's library has already spoken about
         if not error.code:
             raise
-        outcome, code = {"error": "the command line cannot be used; see stderr"}, BAD_CONFIGURATION
+        return {"error": "the command line cannot be used; see stderr"}, BAD_CONFIGURATION
     except KeyboardInterrupt:
         log.error("interrupted; run the same command to go on")
-        outcome, code = {"error": "interrupted"}, INTERRUPTED
+        return {"error": "interrupted"}, INTERRUPTED
     except Exception as error:
         code, told = _judge(error)
-        outcome = {"error": str(told)}
         log.error("%s", told, exc_info=None if ours(error) else error)
+        return {"error": str(told)}, code
     finally:
         log.removeHandler(handler)
-    print(json.dumps({**outcome, "exit_code": code}), flush=True)
-    return code
 
 
 def _judge(error: BaseException) -> tuple[int, BaseException]:

@@ -4,19 +4,36 @@ what is loaded is brought and verified when it is asked for.
 
 import io
 import os
+import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemBase, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
+from pipelines.errors import DamagedError
+
 INDEX = ".metadata"
-"""The file that says where everything is. torch unpickles it."""
+"""The file that says where everything is. torch unpickles it, and so would run whatever stands in it."""
+PARTS = {
+    "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "pathlib": {"PosixPath"},
+    "pathlib._local": {"PosixPath"},
+}  # fmt: skip
+"""What an index is made of. Nothing of this does anything when it is made."""
 # For good, not around the calls: the filters are all threads', and one that saves would change them under the others.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
@@ -46,12 +63,37 @@ def fill(content: dict[str, Any], bring: Callable[[str], io.BytesIO]) -> None:
     Args:
         content: the tensors, of any sharding; those that hold a part ask for the files of that part only.
         bring: returns the bytes of a file, as good as they were; what it raises goes through.
+
+    Raises:
+        DamagedError: if the index is more than an index of tensors: whoever wrote it may have had other things in mind.
     """
     index = bring(INDEX)  # before torch, which would take an error here for a file of another kind
+    _check(index)
     reader = FileSystemReader("")
-    reader.fs = _Brought(lambda name: index if name == INDEX else bring(name))
+    # Of an index that it can make nothing of torch would read others, one for each rank.
+    reader.fs = _Brought(lambda name: index if name.endswith(INDEX) else bring(name))
     with _what_failed():
         dcp.load(content, storage_reader=reader, no_dist=True)
+
+
+def _check(index: io.BytesIO) -> None:
+    try:
+        found = _Index(index).load()
+        tensors = all(isinstance(one, TensorStorageMetadata) for one in found.state_dict_metadata.values())
+        index.seek(0)
+    except Exception as error:  # pickle raises whatever comes to pass
+        raise DamagedError(f"the index of a checkpoint ({INDEX}) is none, and is not read: {error}") from error
+    if not tensors:  # torch unpickles the others too
+        raise DamagedError(f"the index of a checkpoint ({INDEX}) is of more than tensors, and is not read")
+
+
+class _Index(pickle.Unpickler):
+    """Reads an index, and makes nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in PARTS.get(module, ()):
+            raise pickle.UnpicklingError(f"{module}.{name} has no place there")
+        return super().find_class(module, name)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from pipelines.deadline import Deadline
 from pipelines.errors import BrickyardError, TryAgainError, ours, root
 from pipelines.firing_config import FiringConfig, clock
 from pipelines.lease import Fence, Lease, hold
+from pipelines.redaction import redacted
 from pipelines.slots import before, folder_name, is_late, shifted, slot_id, slots_among
 from pipelines.storage import Folder
 
@@ -242,11 +243,11 @@ def _may_pass(error: BaseException) -> bool:
 
 
 def _words(error: BaseException | str) -> str:
-    """Return what an error says, and if it is none of ours, what it is."""
+    """Return what an error says, and if it is none of ours, what it is: it is kept, and sent to others."""
     if isinstance(error, str):
         return error
     told = ours(error)
-    return str(told) if told else f"{type(root(error)).__name__}: {root(error)}"
+    return redacted(str(told) if told else f"{type(root(error)).__name__}: {root(error)}")
 
 
 def _say(state: RetryCallState) -> None:

@@ -209,6 +209,8 @@ def as_stored(data: bytes, shape: tuple[int, int, int]) -> Pixels:
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if (image.height, image.width) != shape[:2]:  # by the header: a bomb is not decoded
+                raise ValueError(f"it has {image.width} x {image.height} pixels")
             return np.asarray(image).reshape(shape)
     except Exception as error:
         raise _bad(error) from error

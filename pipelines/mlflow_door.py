@@ -41,17 +41,18 @@ def recipient_of(target: Target, home: Folder) -> "MLflowRun":
 
 
 def check_trusted(uri: str) -> None:
-    """Check an address that was read from a file, before credentials of the environment go there.
+    """Check an address that was read from a file, before credentials of the environment, or of MLflow's file, go there.
 
     Raises:
         ConfigurationError: if there are some, and the environment does not name the address too.
     """
     secret = any(os.environ.get(f"MLFLOW_TRACKING_{name}") for name in ("PASSWORD", "TOKEN"))
+    secret = secret or Path("~/.mlflow/credentials").expanduser().exists()
     named = without_password(os.environ.get("MLFLOW_TRACKING_URI", ""))
     if secret and uri.startswith("http") and uri.rstrip("/") != named.rstrip("/"):
         raise ConfigurationError(
             f"MLFLOW_TRACKING_URI is {named!r}; the run is recorded at {uri}, which would be sent the password of the "
-            f"environment: set MLFLOW_TRACKING_URI={uri} if it may have it"
+            f"environment, or of ~/.mlflow/credentials: set MLFLOW_TRACKING_URI={uri} if it may have it"
         )
 
 

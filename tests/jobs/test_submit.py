@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,6 +104,27 @@ def test_the_three_ways_of_saying_it(entrypoint: list[str], cluster: dict[str, s
     assert run.data.tags["brickyard.git_revision"] == "abc+", "there is no checkout where the code is brought to"
     if evaluate == "40":
         assert said["frechet_distance"] > 0 and Path(said["contact_sheet"].removeprefix("file://")).exists()
+
+
+def test_nothing_is_shown_to_or_run_for_who_has_not_the_token(cluster: dict[str, str], tmp_path: Path) -> None:
+    """Such as a page in the operator's browser, whose name leads to loopback by now."""
+
+    def code(token: str, body: dict[str, str] | None, **headers: str) -> int:
+        headers |= {"Authorization": f"Bearer {token}"} if token else {}
+        data = json.dumps(body).encode() if body else None
+        request = urllib.request.Request(f"{cluster['RAY_API_SERVER_ADDRESS']}/api/jobs/", data, headers)
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    for token in ("", "f" * len(TOKEN)):
+        assert code(token, None) in (401, 403)
+        assert code(token, {"entrypoint": f"touch {tmp_path}/ran"}) in (401, 403)
+        assert code(token, {"entrypoint": f"touch {tmp_path}/ran"}, Host="elsewhere.example") in (401, 403)
+    assert code(TOKEN, None) == 200
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_job_that_cannot_be_done_fails_in_ray_too(cluster: dict[str, str], tmp_path: Path) -> None:

@@ -1,12 +1,16 @@
+import hashlib
+import io
 import json
 import logging
+import pickle
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from models.schedule import article
 from pipelines import checkpoints
@@ -146,6 +150,48 @@ def test_nothing_damaged_is_ever_given_to_torch(run: tuple[Folder, State], tiny_
     with pytest.raises(DataError, match="sha256"):
         checkpoints.load(at, about, state)
     assert torch.equal(everything_but_optimizer(state), before)
+
+
+class Program:
+    """What a pickle may be: here, one that writes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.write_text, (self.path, "ran")
+
+
+@pytest.mark.parametrize("where", ["index", "within it", "item", "another index"])
+def test_a_checkpoint_of_a_stranger_is_no_program(where: str, run: tuple[Folder, State], tmp_path: Path) -> None:
+    """Whoever can write files can write their digests as well: an index that would do something is not read."""
+    at = run[0] / checkpoints.folder_name(384)
+    written, index = tmp_path / "written", pickle.loads(at.get(".metadata"))
+    evil: object = Program(written)
+    if where == "within it":
+        index.planner_data, evil = evil, index
+    if where == "item":  # which torch unpickles when it comes to it
+        data = io.BytesIO()
+        torch.save(evil, data)
+        (first,) = [name for name in at.names() if name.endswith(".distcp")]
+        place = next(key for key in index.state_dict_metadata if key.startswith("model."))
+        stored = next(key for key in index.storage_data if key.fqn == place)
+        info, evil = index.storage_data[stored], index
+        index.state_dict_metadata[place] = BytesStorageMetadata()
+        whole = at.get(first)
+        index.storage_data[MetadataIndex(place)] = replace(info, offset=len(whole), length=len(data.getvalue()))
+        at.put(first, whole + data.getvalue())
+    if where == "another index":  # of a rank, to which torch goes when the first is of no use
+        at.put("__0.metadata", pickle.dumps(evil))
+        index.storage_meta, evil = 0, index
+    at.put(".metadata", pickle.dumps(evil))
+    about, names = checkpoints.read(at), [name for name in at.names() if name != checkpoints.MANIFEST]
+    files = {name: (len(at.get(name)), hashlib.sha256(at.get(name)).hexdigest()) for name in names}
+    at.put(checkpoints.MANIFEST, json.dumps(asdict(replace(about, files=files))).encode())
+    assert checkpoints.read_verified(at).files == files, "all is as the manifest says"
+    with pytest.raises(AssertionError if where == "another index" else DataError, match=r"index|metadata read failed"):
+        checkpoints.load_weights(at, checkpoints.read(at), tiny_state(FIT).model, averaged=False)
+    assert not written.exists()
 
 
 def everything_but_optimizer(state: State) -> torch.Tensor:

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipelines.images import BadImageError, View, encode, read_picture
+from pipelines.images import BadImageError, View, as_stored, encode, read_picture
 from pipelines.ingest import ingest
 from pipelines.ingest_plan import IngestConfig, IngestPlan
 from pipelines.manifest import Manifest
@@ -63,6 +63,14 @@ def test_a_bad_file_says_what_is_wrong(name: str, case: Case) -> None:
             read()
         assert re.search(case.reason, str(caught.value)), str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_a_stored_picture_of_another_size_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard may be a stranger's too: 100 kB of it would be 64 million pixels."""
+    bomb = encode(np.zeros((8000, 8000, 1), np.uint8), "png")
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda _: pytest.fail("it was decoded"))
+    with pytest.raises(BadImageError, match="8000 x 8000 pixels"):
+        as_stored(bomb, (32, 32, 1))
 
 
 def quarantined(out: Folder) -> dict[str, str]:

@@ -163,8 +163,38 @@ def test_the_server_answers_to_its_names_and_to_those_who_have_the_password(mlfl
     assert code(password, Host="elsewhere.example") == 403
 
 
+def test_another_user_may_read_what_was_recorded_and_no_more(client: Any, mlflow_server: str, folder: Folder) -> None:
+    Run(folder, mlflow_server).start().finish("FINISHED")
+
+    def code(who: tuple[str, str], path: str, **body: str) -> int:
+        data = json.dumps(body).encode() if body else None
+        headers = {"Authorization": f"Basic {base64.b64encode(':'.join(who).encode()).decode()}"}
+        headers["Content-Type"] = "application/json"
+        try:
+            return int(urlopen(Request(f"{mlflow_server}/api/2.0/mlflow/{path}", data, headers)).status)
+        except HTTPError as error:
+            return error.code
+
+    admin = os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]
+    other = f"reader-{uuid.uuid4().hex}", uuid.uuid4().hex
+    assert code(admin, "users/create", username=other[0], password=other[1]) == 200
+    experiment = client.get_experiment_by_name("models").experiment_id
+    assert code(other, f"experiments/get?experiment_id={experiment}") == 200
+    assert code(other, "runs/create", experiment_id=experiment) == 403
+    assert code(other, "experiments/delete", experiment_id=experiment) == 403
+    assert code(admin, "runs/create", experiment_id=experiment) == 200
+
+
+def test_a_server_without_users_too_answers_to_its_names_alone(mlflow_on_sqlite: str) -> None:
+    """As `make ui` starts it: a page whose name leads to loopback by now is sent away."""
+    url = f"{mlflow_on_sqlite}/api/2.0/mlflow/experiments/search?max_results=1"
+    assert urlopen(url).status == 200
+    with pytest.raises(HTTPError, match="403"):
+        urlopen(Request(url, headers={"Host": "elsewhere.example"}))
+
+
 def test_credentials_go_only_where_the_environment_says(
-    folder: Folder, mlflow_server: str, monkeypatch: pytest.MonkeyPatch
+    folder: Folder, mlflow_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever can write into a run's folder could have them sent elsewhere otherwise."""
     run = Run(folder, mlflow_server)
@@ -176,6 +206,11 @@ def test_credentials_go_only_where_the_environment_says(
     monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD")
     with pytest.raises(TryAgainError):
         replay(ReplayJob(runs=(run.home.url,), patience_s=1))
+    (tmp_path / ".mlflow").mkdir()
+    (tmp_path / ".mlflow" / "credentials").write_text("[mlflow]\nmlflow_tracking_password = secret\n")
+    monkeypatch.setenv("HOME", str(tmp_path))  # as pods of a cluster have them
+    with pytest.raises(ConfigurationError, match="which would be sent the password"):
+        replay(ReplayJob(runs=(run.home.url,)))
 
 
 @pytest.mark.parametrize("draw", [{"weights": "last"}, {"ema_std": 0.1}])
