@@ -33,7 +33,7 @@ _FORMS = tuple(
         # https://user@, which is how tokens are given; elsewhere it is a name, as in abfs://container@account
         r"(\bhttps?://)[^\s/?#:@'\"<>]+(?=@)",
         # password=…, ?token=…, and what presigned addresses are signed with
-        r"((?:\b|_)(?:password|passwd|secret|token|api_?key|secret_?(?:access_?)?key|account_?key|awsaccesskeyid|sig|"
+        r"((?:\b|_|pg)(?:password|passwd|secret|token|api_?key|secret_?(?:access_?)?key|account_?key|awsaccesskeyid|sig|"
         r"signature|credential)=)[^\s&;,'\"<>\\)}]+",
         # the same as a header, however it is written down
         rf"(\bx-(?:amz|goog)-(?:signature|credential|security-token){_IS})[^\s&;,'\"<>\\)}}]+",
@@ -41,13 +41,19 @@ _FORMS = tuple(
         r"(\b(?:basic|bearer)\s+)(?=[^\s,'\"<>\\)}]*[\d=])[\w+/.~=-]{16,}",
     )
 )
+_WORDS = re.compile(
+    rf"((?:\b|_)(?:password|passwd|client_secret|secret_?(?:access_?)?key|api_?key|(?:auth|session)_?token){_IS})"
+    r"[^\s&;,'\"<>\\)}]+",
+    re.IGNORECASE,
+)
+"""What follows such a word in a dictionary or a line of a file; in a setting it may stand for another reason."""
 
 
 def redacted(text: str) -> str:
     """Return a text without the secrets that are in it."""
     for secret in _of_environment():
         text = text.replace(secret, MASK)
-    for form, harmless in _FORMS:
+    for form, harmless in (*_FORMS, (_WORDS, rf"\g<1>{MASK}")):
         text = form.sub(harmless, text)
     return text
 

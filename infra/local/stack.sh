@@ -15,49 +15,80 @@
 # The nodes have the environment of who starts them, so jobs find S3 and MLflow by it, and none of it is in a job's own.
 #
 # It needs `pip install -e '.[server]'` (`make up` does that) and what s3.sh and mlflow.sh say. Environment, all optional:
-# STACK_DATA, STACK_NET (127.0.0), RAY_PORT (6379; the next one is taken too), DASHBOARD_PORT (8265), MLFLOW_PORT (5000;
-# and the next), S3_PORT (9000; and twelve more), NODE_CPUS and NODE_STORE_BYTES (what each node offers: the CPUs of
-# this machine; 1 GiB for objects), STACK_BIN (the folder of `ray` and `mlflow`).
+# STACK_DATA; STACK_BIN (the folder of `ray` and `mlflow`); NODE_CPUS and NODE_STORE_BYTES (what a node offers: the CPUs
+# of this machine; 1 GiB for objects); and, of which those of the first start stay: STACK_NET (127.0.0), RAY_PORT (6379;
+# and the next), DASHBOARD_PORT (8265), MLFLOW_PORT (5000; and the next), S3_PORT (9000; and twelve more).
 set -euo pipefail
+shopt -s inherit_errexit
 
 HERE=$(cd "$(dirname "$0")" && pwd)
 DATA=$(realpath -m "${STACK_DATA:-${XDG_CACHE_HOME:-$HOME/.cache}/brickyard/stack}")
-NET=${STACK_NET:-127.0.0} PORT=${RAY_PORT:-6379} DASHBOARD=${DASHBOARD_PORT:-8265}
-S3=("$DATA/s3" "${S3_PORT:-9000}") MLFLOW=("$DATA/mlflow" "${MLFLOW_PORT:-5000}")
-RUN=${TMPDIR:-/tmp}/brickyard-ray.$(id -u).$PORT # short: the name of a unix socket has at most 107 bytes
-BIN=${STACK_BIN:-} COMMAND=${1:-}
+COMMAND=${1:-}
 shift || true
 
 fail() { echo "stack.sh: $*" >&2; exit 1; }
+
+declare -A SETTINGS=([STACK_NET]=127.0.0 [RAY_PORT]=6379 [DASHBOARD_PORT]=8265 [MLFLOW_PORT]=5000 [S3_PORT]=9000)
+for name in "${!SETTINGS[@]}"; do
+    kept=$(cat "$DATA/settings/$name" 2>/dev/null || true)
+    [ -z "$kept" ] || [ "${!name:-$kept}" = "$kept" ] \
+        || fail "$name is ${!name}, and was $kept when $DATA was begun: leave it out, or give another STACK_DATA"
+    SETTINGS[$name]=${kept:-${!name:-${SETTINGS[$name]}}}
+done
+NET=${SETTINGS[STACK_NET]} PORT=${SETTINGS[RAY_PORT]} DASHBOARD=${SETTINGS[DASHBOARD_PORT]}
+S3=("$DATA/s3" "${SETTINGS[S3_PORT]}") MLFLOW=("$DATA/mlflow" "${SETTINGS[MLFLOW_PORT]}")
+RUN=${TMPDIR:-/tmp}/brickyard-ray.$(id -u).$PORT # short: the name of a unix socket has at most 107 bytes
+
 secret() { # NAME: it, made up at the first time
     [ -s "$DATA/$1" ] || (umask 077; head -c 32 /dev/urandom | sha256sum | cut -d ' ' -f 1 >"$DATA/$1")
     cat "$DATA/$1"
 }
 
 find_programs() {
-    [ -n "$BIN" ] || BIN=$(realpath -m "$HERE/../../.venv/bin")
-    [ -x "$BIN/ray" ] || BIN=$(dirname "$(command -v ray)") || fail "there is no ray: make up, or give STACK_BIN"
+    local ray
+    BIN=$(realpath -m "${STACK_BIN:-$HERE/../../.venv/bin}")
+    if [ ! -x "$BIN/ray" ]; then
+        [ -z "${STACK_BIN:-}" ] || fail "STACK_BIN is $STACK_BIN, and there is no ray"
+        ray=$(command -v ray) || fail "there is no ray: make up, or give STACK_BIN"
+        BIN=$(dirname "$ray")
+    fi
     export PATH="$BIN:$PATH" MLFLOW_BIN=$BIN/mlflow
 }
 
-storage() { S3_SECRET_KEY=$(secret s3-secret) "$HERE/s3.sh" "$1" "${S3[@]}"; }
+storage() {
+    local S3_SECRET_KEY
+    S3_SECRET_KEY=$(secret s3-secret)
+    export S3_SECRET_KEY
+    "$HERE/s3.sh" "$1" "${S3[@]}"
+}
 tracker() { "$HERE/mlflow.sh" "$1" "${MLFLOW[@]}"; }
 
 # --- Ray --------------------------------------------------------------------------------------------------------------
 
 address() { echo "$NET.$(($1 + 1))"; }
-nodes() { # those that were started and not taken away
-    local file
-    for file in "$DATA"/node-*.pid; do [ ! -e "$file" ] || basename "$file" .pid | cut -d - -f 2; done | sort -n
-}
 mark() { echo "BRICKYARD_STACK=$DATA:$1"; } # all that a node starts inherits it: by it, and nothing else, it is known
-of_node() { grep -lszxF -- "$(mark "$1")" /proc/[0-9]*/environ 2>/dev/null | cut -d / -f 3; }
-alive() { [ -n "$(of_node "$1")" ] && kill -0 "$(cat "$DATA/node-$1.pid")" 2>/dev/null; }
+of_node() { # processes may end, or be others', while they are looked at
+    { grep -lszxF -- "$(mark "$1")" /proc/[0-9]*/environ 2>/dev/null || true; } | cut -d / -f 3
+}
+nodes() { # those that were started and not taken away, and those of which anything is left
+    local file line
+    {
+        for file in "$DATA"/node-*.pid; do [ ! -e "$file" ] || basename "$file" .pid | cut -d - -f 2; done
+        { grep -hszF -- "$(mark "")" /proc/[0-9]*/environ 2>/dev/null || true; } | tr '\0' '\n' \
+            | while read -r line; do [[ $line != "$(mark "")"* ]] || echo "${line##*:}"; done
+    } | sort -nu
+}
+among() { local one; for one in "${@:2}"; do [ "$one" != "$1" ] || return 0; done; return 1; }
+# shellcheck disable=SC2046  # several
+alive() { [ -e "$DATA/node-$1.pid" ] && among "$(cat "$DATA/node-$1.pid")" $(of_node "$1"); }
 authorized() { # URL: by a file, since everybody on this machine can read a command line
     curl -fs -o /dev/null -m 3 -H @<(echo "Authorization: Bearer $(cat "$DATA/ray-token")") "$1"
 }
-# The second answers once jobs can be submitted there: Ray refuses them before, with "no available agent".
-answers() { authorized "http://$(address "$1"):52365/api/local_raylet_healthz" && { [ "$1" != 1 ] || authorized "http://127.0.0.1:$DASHBOARD/api/version"; }; }
+# Once the agent of a node answers, jobs can be submitted there; Ray refuses them before, with "no available agent".
+answers() {
+    authorized "http://$(address "$1"):52365/api/local_raylet_healthz" \
+        && { [ "$1" != 1 ] || authorized "http://127.0.0.1:$DASHBOARD/api/version"; }
+}
 
 begin() { # NODE: as a process group of its own; 9 is the lock, which must not outlive us
     local where=("--address=$(address 1):$PORT")
@@ -66,7 +97,7 @@ begin() { # NODE: as a process group of its own; 9 is the lock, which must not o
             --include-dashboard=true --dashboard-host=127.0.0.1 "--dashboard-port=$DASHBOARD")
     fi
     # Workers listen on ports that the system deals out: those that Ray counts through are the same on each node.
-    env "$(mark "$1")" RAY_AUTH_MODE=token "RAY_AUTH_TOKEN_PATH=$DATA/ray-token" \
+    env -u RAY_AUTH_TOKEN -u RAY_ADDRESS "$(mark "$1")" RAY_AUTH_MODE=token "RAY_AUTH_TOKEN_PATH=$DATA/ray-token" \
         setsid "$BIN/ray" start --block --disable-usage-stats "${where[@]}" "--node-ip-address=$(address "$1")" \
         --min-worker-port=0 --max-worker-port=0 "--num-cpus=${NODE_CPUS:-$(nproc)}" \
         "--object-store-memory=${NODE_STORE_BYTES:-$((1 << 30))}" >>"$DATA/log/node-$1.out" 2>&1 </dev/null 9>&- &
@@ -76,7 +107,7 @@ begin() { # NODE: as a process group of its own; 9 is the lock, which must not o
 await() { # NODE: until it answers, while it lives
     for _ in $(seq 240); do
         if answers "$1"; then return 0; fi
-        alive "$1" || break
+        kill -0 "$(cat "$DATA/node-$1.pid")" 2>/dev/null || break
         sleep 0.5
     done
     tail -n 15 "$DATA/log/node-$1.out" >&2
@@ -102,34 +133,43 @@ end() { # NODE…: as clouds take machines away: a signal, time to drain, and th
 show() {
     storage env
     tracker env
-    echo "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$DATA/ray-token RAY_API_SERVER_ADDRESS=http://127.0.0.1:$DASHBOARD"
-    echo "case :\$PATH: in *:$BIN:*) ;; *) export PATH=$BIN:\$PATH ;; esac"
+    printf 'export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=%q RAY_API_SERVER_ADDRESS=http://127.0.0.1:%s\n' "$DATA/ray-token" "$DASHBOARD"
+    echo "unset ${OTHERS[*]}"
+    # shellcheck disable=SC2016  # that PATH is theirs
+    printf 'case :$PATH: in *:%q:*) ;; *) export PATH=%q:$PATH ;; esac\n' "$BIN" "$BIN"
 }
+OTHERS=(AWS_SESSION_TOKEN AWS_PROFILE AWS_ENDPOINT_URL_S3 MLFLOW_TRACKING_TOKEN RAY_AUTH_TOKEN RAY_ADDRESS) # would be heard first
 
-vacant() { # FILE NAME PORT…: unless it is our own, whose file is there, nobody may listen: it would be taken for ours
-    local port file=$1 name=$2; shift 2
+vacant() { # FILE NAME HOST PORT…: unless it is our own, whose file is there, nobody may listen: it would be taken for ours
+    local port file=$1 name=$2 host=$3; shift 3
     [ ! -e "$file" ] || return 0
     for port in "$@"; do
-        if (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
-            fail "port $port is another's: end that, or give another $name"
+        if (exec 3<>"/dev/tcp/$host/$port") 2>/dev/null; then
+            fail "port $port of $host is another's: end that, or give another $name"
         fi
     done
 }
 
 up() {
-    local node several=$1
-    vacant "${TMPDIR:-/tmp}/brickyard-s3.$(id -u).${S3[1]}/rgw.pid" S3_PORT "${S3[1]}"
-    vacant "$DATA/mlflow/server.pid" MLFLOW_PORT "${MLFLOW[1]}" $((MLFLOW[1] + 1))
-    vacant "$DATA/node-1.pid" RAY_PORT "$PORT"
-    vacant "$DATA/node-1.pid" DASHBOARD_PORT "$DASHBOARD"
-    mkdir -p "$DATA/log"
-    secret ray-token >/dev/null
-    eval "$(storage up)"
-    eval "$(tracker up)"
+    local node name said several=$1
+    mkdir -p "$DATA/log" "$DATA/settings"
+    secret ray-token >/dev/null # it also says that the folder is ours
+    # shellcheck disable=SC2046  # several
+    vacant "${TMPDIR:-/tmp}/brickyard-s3.$(id -u).${S3[1]}/rgw.pid" S3_PORT 127.0.0.1 $(seq "${S3[1]}" $((S3[1] + 12)))
+    vacant "$DATA/mlflow/server.pid" MLFLOW_PORT 127.0.0.1 "${MLFLOW[1]}" $((MLFLOW[1] + 1))
+    vacant "$DATA/node-1.pid" RAY_PORT 127.0.0.1 "$PORT" $((PORT + 1))
+    vacant "$DATA/node-1.pid" DASHBOARD_PORT 127.0.0.1 "$DASHBOARD"
+    for node in $(seq "$several"); do vacant "$DATA/node-$node.pid" STACK_NET "$(address "$node")" 52365; done
+    for name in "${!SETTINGS[@]}"; do echo "${SETTINGS[$name]}" >"$DATA/settings/$name"; done
+    unset "${OTHERS[@]}"
+    said=$(storage up) # by itself, since an eval of what has failed is none
+    eval "$said"
+    said=$(tracker up)
+    eval "$said"
     "$BIN/python" -c 'import fsspec; s3 = fsspec.filesystem("s3"); s3.exists("yard") or s3.mkdir("yard")'
     # shellcheck disable=SC2046  # several
     alive 1 || end $(nodes) # nodes outlive their head by moments, and join no other
-    for node in 1 $(seq 2 "$several"); do
+    for node in $(seq "$several"); do
         if ! alive "$node"; then end "$node"; begin "$node"; fi
         await "$node" # two that start at once may take the same name for their sockets
     done
@@ -158,29 +198,37 @@ status() {
 usage() { sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"; exit 2; }
 
 [ "$COMMAND" = up ] || [ -d "$DATA" ] || [ "$COMMAND" = wipe ] || fail "there is nothing in $DATA: infra/local/up"
+alone() { # COMMAND…: while no other works on the same folder
+    (flock -w 900 9 || fail "another works on $DATA since 15 minutes"; "$@") 9>"$DATA/lock"
+}
+wipe() {
+    down
+    if [ -e "$DATA/mlflow/postgres.secret" ]; then tracker wipe; fi
+    if [ -e "$DATA/s3/fsid" ]; then storage wipe; fi
+    rm -rf "$DATA"
+}
+
 case $COMMAND in
     up)
         [[ ${1:-3} =~ ^[1-9][0-9]*$ && ${1:-3} -le 250 ]] || fail "up $1: give how many nodes there shall be, 1 to 250"
         find_programs
         mkdir -p "$DATA"
-        (flock 9; up "${1:-3}") 9>"$DATA/lock"
+        alone up "${1:-3}"
         show
         ;;
     down)
         for node in "$@"; do
-            [ -e "$DATA/node-$node.pid" ] || fail "down $node: there is no such node, but $(nodes | tr '\n' ' ')"
+            # shellcheck disable=SC2046  # several
+            among "$node" $(nodes) || fail "down $node: there is no such node, but $(nodes | tr '\n' ' ')"
             [ "$node" != 1 ] || fail "down 1: the head goes with all of it: infra/local/down"
         done
-        (flock 9; if [ $# = 0 ]; then down; else end "$@"; fi) 9>"$DATA/lock"
+        if [ $# = 0 ]; then alone down; else alone end "$@"; fi
         ;;
     status) status ;;
     env) find_programs; show ;;
     wipe)
         [ ! -e "$DATA" ] || [ -e "$DATA/ray-token" ] || fail "$DATA is not one of ours: it stays"
-        if [ -e "$DATA" ]; then
-            (flock 9; down; tracker wipe; storage wipe) 9>"$DATA/lock"
-            rm -rf "$DATA"
-        fi
+        [ ! -e "$DATA" ] || alone wipe
         ;;
     *) usage ;;
 esac

@@ -4,12 +4,14 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,7 @@ class Stack:
     """The environment of stack.sh."""
     said: dict[str, str]
     """The environment of its users."""
+    ports: dict[str, int] = field(default_factory=dict)
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
         """One of infra/local."""
@@ -98,11 +101,14 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     data, port = tmp_path_factory.mktemp("stack"), free_ports(20)
     plain = {name: value for name, value in without_ray().items() if not name.startswith(("AWS_", "S3_"))}
     ports = {"S3_PORT": port, "MLFLOW_PORT": port + 14, "RAY_PORT": port + 16, "DASHBOARD_PORT": port + 18}
-    asked = {name: str(value) for name, value in ports.items()} | {"STACK_DATA": f"{data}/s", "STACK_NET": NET}
-    stack = Stack(data / "s", plain | asked | {"NODE_CPUS": "2", "STACK_BIN": str(BIN), "OMP_NUM_THREADS": "1"}, {})
+    asked = plain | {"STACK_DATA": f"{data}/a stack", "STACK_BIN": str(BIN), "NODE_CPUS": "2", "OMP_NUM_THREADS": "1"}
+    stack = Stack(
+        data / "a stack", asked | {name: str(value) for name, value in ports.items()} | {"STACK_NET": NET}, {}
+    )
     try:
         done = stack.run("up", "3")
         assert done.returncode == 0, done.stderr
+        stack.ports, stack.asked = ports, asked  # from now on it knows them
         # What it prints is for a shell, so a shell reads it.
         tell = f"{sys.executable} -c 'import json, os; print(json.dumps(dict(os.environ)))'"
         read = subprocess.run(["bash", "-c", f"{done.stdout}\n{tell}"], env=plain, capture_output=True, check=True)
@@ -136,7 +142,7 @@ def test_who_has_no_secret_is_refused(stack: Stack) -> None:
     for name in ("MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL"):
         assert refused(lambda name=name: urllib.request.urlopen(stack.said[name] + "/yard")) in (401, 403)
     stranger = {name: value for name, value in stack.said.items() if not name.startswith("RAY_AUTH")}
-    address = f"{NET}.2:{stack.asked['RAY_PORT']}"
+    address = f"{NET}.2:{stack.ports['RAY_PORT']}"
     command = [sys.executable, "-c", f"import ray; ray.init({address!r}); print('came', 'in')"]
     guess = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
     done = subprocess.run(command, env=stranger | guess, capture_output=True, text=True, check=False)
@@ -148,11 +154,11 @@ def test_who_has_no_secret_is_refused(stack: Stack) -> None:
 
 
 def test_servers_listen_on_loopback_only(stack: Stack) -> None:
-    first = {name: int(stack.asked[f"{name}_PORT"]) for name in ("DASHBOARD", "MLFLOW", "S3")}
-    ports = {first["DASHBOARD"], first["MLFLOW"], first["MLFLOW"] + 1, *range(first["S3"], first["S3"] + 13)}
+    dashboard, mlflow, s3 = (stack.ports[f"{name}_PORT"] for name in ("DASHBOARD", "MLFLOW", "S3"))
+    ports = {dashboard, mlflow, mlflow + 1, *range(s3, s3 + 13)}
     found = {(one.laddr.port, one.laddr.ip) for one in psutil.net_connections("tcp") if one.status == "LISTEN"}
     of_ours = {(port, ip) for port, ip in found if port in ports}
-    assert {port for port, _ in of_ours} >= set(first.values())
+    assert {port for port, _ in of_ours} >= {dashboard, mlflow, mlflow + 1, s3}
     assert {ip for _, ip in of_ours} == {"127.0.0.1"}
 
 
@@ -217,26 +223,64 @@ def test_what_cannot_be_is_said(stack: Stack, command: list[str], says: str) -> 
     assert len(stack.nodes()) == 3
 
 
+def another(stack: Stack, folder: Path) -> Stack:
+    """One that has nothing in common with it."""
+    ports = {"S3_PORT": 13, "MLFLOW_PORT": 2, "RAY_PORT": 2, "DASHBOARD_PORT": 1}
+    settings = {name: str(free_ports(several)) for name, several in ports.items()}
+    return Stack(folder, stack.asked | settings | {"STACK_DATA": str(folder), "STACK_NET": "127.2.0"}, {})
+
+
 def test_a_port_of_another_is_not_taken_for_ours(stack: Stack, tmp_path: Path) -> None:
-    theirs = {"STACK_DATA": str(tmp_path / "s"), "S3_PORT": str(free_ports(13))}
     for name in ("MLFLOW_PORT", "DASHBOARD_PORT"):
-        free = {"MLFLOW_PORT": str(free_ports(2)), "RAY_PORT": str(free_ports(2)), "DASHBOARD_PORT": str(free_ports(1))}
-        asked = stack.asked | theirs | free | {name: stack.asked[name]}
-        done = Stack(stack.data, asked, {}).run("up")
+        theirs = another(stack, tmp_path / "s")
+        theirs.asked[name] = str(stack.ports[name])
+        done = theirs.run("up")
         assert done.returncode == 1 and f"give another {name}" in done.stderr
         assert not (tmp_path / "s" / "s3").exists(), "it is said before anything is begun"
+    theirs = another(stack, tmp_path / "s")
+    theirs.asked["STACK_NET"] = NET
+    assert "give another STACK_NET" in theirs.run("up").stderr
+
+
+def test_what_was_begun_with_other_ports_is_left_alone(stack: Stack) -> None:
+    elsewhere = Stack(stack.data, stack.asked | {"RAY_PORT": "6379"}, {})
+    for command in (["down"], ["stack.sh", "wipe"], ["up"]):
+        done = elsewhere.run(*command)
+        assert done.returncode == 1 and f"RAY_PORT is 6379, and was {stack.ports['RAY_PORT']}" in done.stderr
+    assert len(stack.nodes()) == 3
+
+
+def test_without_a_server_no_node_is_started(stack: Stack, tmp_path: Path) -> None:
+    half = another(stack, tmp_path / "s")
+    half.asked["POSTGRES_BIN"] = "/nowhere"
+    try:
+        done = half.run("up")
+        assert done.returncode == 1 and done.stdout == "" and "mlflow.sh: " in done.stderr
+        assert (half.data / "s3").exists() and not half.processes()
+    finally:
+        assert half.run("stack.sh", "wipe").returncode == 0
+    assert not half.data.exists() and not servers(half)
+
+
+def test_of_a_node_whose_first_process_was_killed_nothing_is_left(stack: Stack) -> None:
+    os.kill(int((stack.data / "node-3.pid").read_text()), signal.SIGKILL)
+    before = set(stack.processes(3))
+    assert before, "the raylet outlives it"
+    assert stack.run("up").returncode == 0
+    assert not before & set(stack.processes(3)) and stack.processes(3)
 
 
 def test_it_ends_without_a_trace(stack: Stack) -> None:
     """The last of this file: afterwards there is none of it."""
+    (stack.data / "node-2.pid").unlink()  # as if `up` had been interrupted before it was written
     assert stack.processes(), "a check that finds nothing while it runs would find nothing afterwards either"
     assert stack.run("down").returncode == 0
     assert not stack.processes() and not servers(stack)
     assert (stack.data / "s3").exists() and stack.run("stack.sh", "status").returncode == 1
     assert stack.run("stack.sh", "wipe").returncode == 0
     assert not stack.data.exists()
-    assert not list(Path("/tmp").glob(f"brickyard-*.{os.getuid()}.{stack.asked['RAY_PORT']}"))
-    assert not list(Path("/tmp").glob(f"brickyard-*.{os.getuid()}.{stack.asked['S3_PORT']}"))
+    assert not list(Path(tempfile.gettempdir()).glob(f"brickyard-*.{os.getuid()}.{stack.ports['RAY_PORT']}"))
+    assert not list(Path(tempfile.gettempdir()).glob(f"brickyard-*.{os.getuid()}.{stack.ports['S3_PORT']}"))
 
 
 def servers(stack: Stack) -> list[str]:

@@ -56,11 +56,33 @@ def nothing_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
          "SignedHeaders=host;x-amz-security-token, Signature=***"),
         (r'{\"X-Amz-Security-Token\": \"s3cret\"}', r'{\"X-Amz-Security-Token\": \"***\"}'),
         ("sent Basic YnJpY2t5YXJkOnMzY3JldA== there", "sent Basic *** there"),
+        ("PGPASSWORD=s3cret psql", "PGPASSWORD=*** psql"),
     ],
 )  # fmt: skip
 def test_a_secret_is_known_by_its_form(said: str, harmless: str) -> None:
     assert redacted(said) == redacted(redacted(said)) == harmless
     assert shows_secret(said)
+
+
+@pytest.mark.parametrize(
+    ("said", "harmless"),
+    [
+        ("password: s3cret", "password: ***"),
+        ("{'password': 's3cret', 'user': 'me'}", "{'password': '***', 'user': 'me'}"),
+        ('{"aws_secret_access_key": "s3/cret+"}', '{"aws_secret_access_key": "***"}'),
+        ("[default]\naws_secret_access_key = s3cret\nregion = x", "[default]\naws_secret_access_key = ***\nregion = x"),
+        ("'auth_token': b's3cret'", "'auth_token': b'***'"),
+    ],
+)
+def test_a_secret_is_known_by_the_word_before_it(said: str, harmless: str) -> None:
+    """Where it is said; a setting may have such words in its text."""
+    assert redacted(said) == redacted(redacted(said)) == harmless
+    assert not shows_secret(said)
+
+
+def test_words_about_secrets_stay() -> None:
+    for said in ("the password is wrong", "a user or a password, and configurations are kept", "secret key, as token"):
+        assert redacted(said) == said
 
 
 @pytest.mark.parametrize(
