@@ -135,7 +135,7 @@ RATE = Gauge("brickyard_images_per_second", "Images trained on per second betwee
 DATA_WAIT = Gauge("brickyard_data_wait_ratio", "Share of that time for which the first worker waited for images, 0..1.")
 CHECKPOINT = Gauge(
     "brickyard_checkpoint_time_seconds",
-    "Unix time of the run's newest complete checkpoint; of the start of the job, until it has made one.",
+    "Unix time of the run's newest complete checkpoint; of the first start of the run, until it has one.",
 )
 CHECKPOINT_TOOK = Gauge("brickyard_checkpoint_seconds", "Time that the newest checkpoint took until it was complete.")
 CHECKPOINT_STALL = Counter("brickyard_checkpoint_stall_seconds", "Time that training stood still for checkpoints.")

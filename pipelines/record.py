@@ -128,7 +128,6 @@ class Record:
         self._starts = 0
         self._closing = threading.Event()
         seen.LENGTH.set(name, images)
-        seen.CHECKPOINT.set(name, time.time())
         self._thread = threading.Thread(target=self._run, name="record", daemon=True)
         self._thread.start()
 

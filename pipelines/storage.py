@@ -117,6 +117,14 @@ class Folder:
         with self._told(name):
             return bool(self.filesystem.exists(self.path(name)))
 
+    def written_at(self, name: str) -> float | None:
+        """Return when an object was written, unix time by the clock of storage; None, if its client does not tell."""
+        with self._told(name):
+            try:
+                return float(self.filesystem.modified(self.path(name)).timestamp())
+            except NotImplementedError:
+                return None
+
     def get(self, name: str) -> bytes:
         """Return the bytes of an object."""
         return self._fetch([(name, None, None, "")])[0]

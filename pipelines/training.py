@@ -27,7 +27,7 @@ from pipelines.ingest import ingest
 from pipelines.ingest_plan import IngestPlan
 from pipelines.lineage import Trained, git_revision, ray_job
 from pipelines.manifest import NAME, Manifest
-from pipelines.metrics import at_work
+from pipelines.metrics import CHECKPOINT, at_work
 from pipelines.plain import flatten, to_dict, to_yaml
 from pipelines.results import evaluate, export, record_results
 from pipelines.scoring import METRIC
@@ -142,6 +142,7 @@ def _train(
     if found and found[1].position >= job.fit.images:
         log.info("%s has seen its %d images; nothing to train", job.run.url, found[1].position)
         return {"trained_images": 0}
+    CHECKPOINT.set(job.name, lost_since(job.run, found[0] if found else None))
     log.info("starting %d workers", job.scaling.workers)
     if idle := job.fit.idle_share(job.scaling.workers):
         log.warning(
@@ -152,6 +153,14 @@ def _train(
             100 * idle,
         )
     return run_workers(job, data, manifest, about, tracker, validator.take)
+
+
+def lost_since(run: Folder, checkpoint: Folder | None) -> float:
+    """Return since when the work of a run would be lost in a crash, unix time: its newest checkpoint's commit, or its
+    first start. A later start changes nothing: a job may be started again and again, and make no checkpoint.
+    """
+    written = checkpoint.written_at(checkpoints.MANIFEST) if checkpoint else run.written_at(run_folder.RUN)
+    return time.time() if written is None else written
 
 
 def find_data(job: TrainJob) -> tuple[Folder, Manifest | IngestPlan]:

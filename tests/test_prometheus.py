@@ -8,6 +8,7 @@ from typing import Any
 
 import ray.dashboard.modules.metrics.dashboards
 import yaml
+from ray._private.telemetry.open_telemetry_metric_recorder import OpenTelemetryMetricRecorder
 
 from pipelines.metrics import METRICS
 from tests.processes import CODE
@@ -76,6 +77,13 @@ def test_rules_and_panels_ask_for_metrics_that_there_are() -> None:
         assert not unknown, f"{where}: {unknown}"
     everything = " ".join(asked().values())
     assert all(metric.exported in everything for metric in METRICS), "what nobody looks at need not be told"
+
+
+def test_a_last_word_is_heard_though_scrapes_fail() -> None:
+    """Ray itself says for how long it serves a gauge that nobody sets any more."""
+    (scrape,) = yaml.safe_load((CODE / "infra/prometheus/prometheus.yaml").read_text())["scrape_configs"]
+    assert OpenTelemetryMetricRecorder._resolve_gauge_ttl_seconds(None) / int(scrape["scrape_interval"][:-1]) >= 4
+    promtool("check", "config", CODE / "infra/prometheus/prometheus.yaml")
 
 
 def test_the_dashboard_is_one_that_grafana_draws() -> None:

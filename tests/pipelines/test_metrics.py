@@ -1,5 +1,6 @@
 """What Prometheus is told of a training and of a drawing of samples is what their own records say."""
 
+import os
 import re
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from jobs.presets import DIGITS
 from models.network import NetworkConfig
 from pipelines import metrics
+from pipelines.checkpoints import folder_name
 from pipelines.config import TrainJob
 from pipelines.draw_config import DrawConfig
 from pipelines.metrics import METRICS, Counter, Gauge
@@ -27,7 +29,7 @@ from pipelines.sampling import sample_job
 from pipelines.scaling import ScalingConfig
 from pipelines.storage import Folder
 from pipelines.tracking_config import TrackingConfig
-from pipelines.training import train
+from pipelines.training import lost_since, train
 from tests.conftest import free_ports
 from tests.jobs import recorded
 from tests.pipelines.states import TINY
@@ -93,7 +95,25 @@ def scraper() -> Iterator[Scraper]:
 
 
 @pytest.fixture(scope="module")
-def trained(scraper: Scraper, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainJob, dict[str, Any], float]:
+def checkpoint_times() -> Iterator[list[float]]:
+    """All that is told of when the newest checkpoint was made."""
+    told: list[float] = []
+    tell = Gauge.set
+
+    def spy(gauge: Gauge, run: str, value: float) -> None:
+        if gauge is metrics.CHECKPOINT:
+            told.append(value)
+        tell(gauge, run, value)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Gauge, "set", spy)
+        yield told
+
+
+@pytest.fixture(scope="module")
+def trained(
+    scraper: Scraper, tmp_path_factory: pytest.TempPathFactory, checkpoint_times: list[float]
+) -> tuple[TrainJob, dict[str, Any], float]:
     """A run of 10 steps with two checkpoints, what its job said at its end, and when it began."""
     root = tmp_path_factory.mktemp("root")
     job = replace(
@@ -126,7 +146,7 @@ def history(root: Path, run: Any) -> Callable[[str], list[float]]:
 
 @pytest.mark.ray
 def test_a_training_is_seen_as_it_is_on_record(
-    scraper: Scraper, trained: tuple[TrainJob, dict[str, Any], float]
+    scraper: Scraper, trained: tuple[TrainJob, dict[str, Any], float], checkpoint_times: list[float]
 ) -> None:
     job, said, began = trained
     of = {metric: metric.exported for metric in METRICS}
@@ -143,6 +163,8 @@ def test_a_training_is_seen_as_it_is_on_record(
     assert value[metrics.CHECKPOINT_TOOK] == pytest.approx(run.data.metrics["checkpoint_s"])
     stalls = on_record("checkpoint_wait_s") + on_record("checkpoint_copy_s")
     assert value[metrics.CHECKPOINT_STALL] == pytest.approx(sum(stalls), rel=1e-6)
+    first_start = Path(job.run.path("run.json")).stat().st_mtime
+    assert checkpoint_times[0] == pytest.approx(first_start, abs=1e-5) and len(checkpoint_times) == 3
     committed = Path(job.run.path("checkpoint-000000000640/manifest.json")).stat().st_mtime
     assert value[metrics.CHECKPOINT] == pytest.approx(committed, abs=5)
     assert began <= value[metrics.STARTED] < value[metrics.CHECKPOINT] < value[metrics.ENDED] <= time.time()
@@ -212,6 +234,18 @@ def test_ray_exports_what_the_dashboard_shows_of_it(scraper: Scraper, trained: o
     shown = set(re.findall(r"\bray_(?!brickyard)\w+", (CODE / "infra/grafana/brickyard.json").read_text()))
     on_gpus = {name for name in shown if "_gpus_" in name}
     assert shown - on_gpus <= scraper.last.keys() and len(shown) > len(on_gpus) > 0
+
+
+def test_a_start_of_the_job_makes_no_checkpoint_younger(tmp_path: Path) -> None:
+    run = Folder(str(tmp_path))
+    run.put("run.json", b"{}")
+    os.utime(run.path("run.json"), (1000, 1000))
+    run.put("start-0002.yaml", b"")
+    assert lost_since(run, None) == 1000
+    checkpoint = run / folder_name(64)
+    checkpoint.put("manifest.json", b"{}")
+    os.utime(checkpoint.path("manifest.json"), (2000, 2000))
+    assert lost_since(run, checkpoint) == 2000
 
 
 SPEAKS = """

@@ -1,6 +1,7 @@
 import errno
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
 
 
 def test_what_is_put_is_got_and_listed(folder: Folder) -> None:
+    before = time.time()
     assert folder.names() == [] and folder.find() == []
     folder.put("a/b.txt", b"one")
     folder.put("c.txt", b"three")
@@ -23,6 +25,10 @@ def test_what_is_put_is_got_and_listed(folder: Folder) -> None:
     assert folder.names() == ["a", "c.txt"]
     assert [found[:2] for found in folder.find()] == [("a/b.txt", 3), ("c.txt", 5)]
     assert (folder / "a").exists("b.txt") and not folder.exists("b.txt")
+    written = folder.written_at("c.txt")
+    assert written is not None and before - 1 <= written <= time.time() + 1
+    with pytest.raises(DataError, match=r"none\.txt does not exist"):
+        folder.written_at("none.txt")
     folder.delete()
     assert folder.names() == []
 

@@ -2,6 +2,7 @@
 
 import pickle
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ def test_what_is_put_is_got_and_listed(s3: Folder) -> None:
     s3.put("a/b ü+?#%&=.txt", b"one")
     s3.put("c.txt", b"three")
     s3.put("empty", b"")
+    written = s3.written_at("a/b ü+?#%&=.txt")
+    assert written is not None and abs(written - time.time()) < 60
     assert s3.get("a/b ü+?#%&=.txt") == b"one" and s3.get("empty") == b""
     assert s3.names() == ["a", "c.txt", "empty"]
     assert [found[:2] for found in s3.find()] == [("a/b ü+?#%&=.txt", 3), ("c.txt", 5), ("empty", 0)]
