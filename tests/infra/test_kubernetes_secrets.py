@@ -113,9 +113,10 @@ def test_the_recipe_makes_them_and_tells_nobody(tmp_path: Path) -> None:
     said, made = tmp_path / "said", tmp_path / "made"
     here = {"KUBECTL": str(BIN / "kubectl"), "SAID": str(said), "MADE": str(made), "HOME": str(tmp_path)}
     (tmp_path / "in").mkdir()
+    (tmp_path / "in/hook").write_text(f"{hook}\n")
     done = subprocess.run(
         ["/bin/bash", "-e", "-c", shell + recipe], cwd=tmp_path / "in", env={"PATH": os.environ["PATH"], **here},
-        input=f"{hook}\n", text=True, check=False, capture_output=True,
+        text=True, check=False, capture_output=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     values = {
@@ -134,4 +135,4 @@ def test_the_recipe_makes_them_and_tells_nobody(tmp_path: Path) -> None:
     assert f"tracking_password = {password}\n" in values["brickyard-mlflow-client/credentials"]
     secrets = {*drawn.values(), password, hook}
     assert not [secret for secret in secrets if secret in said.read_text() + done.stdout + done.stderr]
-    assert not list((tmp_path / "in").iterdir())
+    assert [path.name for path in (tmp_path / "in").iterdir()] == ["hook"], "which is the user's own"
