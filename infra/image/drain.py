@@ -11,6 +11,7 @@ It needs nothing but Ray and the standard library, and is part of the image, not
 
 import argparse
 import contextlib
+import http.client
 import json
 import logging
 import os
@@ -51,7 +52,7 @@ class Metadata:
         except urllib.error.HTTPError as error:
             if error.code != 404:  # which says that nobody will take this node away
                 log.warning("the metadata service answers %s for %s", error.code, name)
-        except (OSError, ValueError) as error:
+        except (OSError, http.client.HTTPException, TypeError, ValueError) as error:
             log.warning("the metadata service says nothing of use about %s: %s", name, error)
         return None
 
@@ -66,10 +67,13 @@ class Metadata:
 
 
 def seconds_left(metadata: Metadata, rebalance_s: int, now: datetime) -> tuple[int, str] | None:
-    """Return in how many seconds this node will go and why, or None if nobody has said that it will."""
+    """Return in how many seconds this node will go and why, or None if nobody has said (intelligibly) that it will."""
     if notice := metadata.get(NOTICE):
-        end = datetime.fromisoformat(notice["time"])
-        return max(SHORTEST_S, int((end - now).total_seconds())), f"spot {notice['action']} at {notice['time']}"
+        try:
+            left = (datetime.fromisoformat(notice["time"]) - now).total_seconds()
+            return max(SHORTEST_S, int(left)), f"spot {notice.get('action')} at {notice['time']}"
+        except (KeyError, TypeError, ValueError) as error:
+            log.warning("the notice %s has no time to go by, and is asked for again: %r", notice, error)
     if rebalance_s and (advice := metadata.get(ADVICE)):
         return rebalance_s, f"rebalance recommendation of {advice.get('noticeTime')}"
     return None
@@ -92,7 +96,11 @@ def drain(address: str, node: str, seconds: int, why: str) -> bool:
     log.warning("draining %s for %d s: %s", node, seconds, why)
     command = ["ray", "drain-node", f"--address={address}", f"--node-id={node}"]
     command += ["--reason=DRAIN_NODE_REASON_PREEMPTION", f"--reason-message={why}"]
-    return subprocess.run([*command, f"--deadline-remaining-seconds={seconds}"], check=False).returncode == 0
+    try:
+        return subprocess.run([*command, f"--deadline-remaining-seconds={seconds}"], check=False).returncode == 0
+    except OSError as error:
+        log.warning("the command `ray` cannot be run: %s", error)
+        return False
 
 
 def watch(metadata: Metadata, every_s: float, rebalance_s: int, drain_in: Callable[[int, str], bool]) -> None:
@@ -126,7 +134,7 @@ def main() -> int:
     def drain_in(seconds: int, why: str) -> bool:
         try:
             address, node = (said.address, said.node_id) if said.address and said.node_id else this_node()
-        except (ConnectionError, RuntimeError) as error:
+        except (ConnectionError, ImportError, RuntimeError) as error:
             log.warning("no node of a cluster runs here: %s", error)
             return False
         return drain(said.address or address, said.node_id or node, seconds, why)

@@ -2,7 +2,8 @@
 
 The fields and their values are those of KubeRay 1.7.1, from its API reference (docs.ray.io, KubeRay CRD API reference;
 ray-project/kuberay, ray-operator/apis/ray/v1; Apache-2.0), without those that are for its operator alone (status,
-managedBy, suspend of a group). Pods, containers and the rest that KubeRay takes from Kubernetes are checked against the
+managedBy, suspend of a group). Where its CRDs (commit 034971d) ask for less, as for counts that may be below 0, this
+is the stricter one. Pods, containers and the rest that KubeRay takes from Kubernetes are checked against the
 schema of Kubernetes, by :func:`check`. A field that is in neither is refused.
 """
 

@@ -215,9 +215,45 @@ def test_seconds_left(imds: Service, drain: Any) -> None:
 
 
 def test_what_is_no_json_says_nothing(imds: Service, drain: Any) -> None:
-    imds.said[NOTICE] = "<html>"
-    assert drain.Metadata(imds.url).get("spot/instance-action") is None
+    for said in ("<html>", "5", "null", "[1]"):
+        imds.said[NOTICE] = said
+        assert drain.Metadata(imds.url).get("spot/instance-action") is None
     assert drain.Metadata("http://127.0.0.1:9").get("spot/instance-action") is None
+
+
+@pytest.mark.parametrize(
+    "notice", [{}, {"time": ""}, {"time": None}, {"time": "soon"}, {"time": "2026-11-26T08:22:00"}]
+)
+def test_a_notice_without_a_time_is_asked_for_again(
+    notice: dict[str, str], imds: Service, ray_that_notes: Path, watching: Watching
+) -> None:
+    imds.said[NOTICE] = json.dumps({"action": "terminate"} | notice)
+    process = watching()
+    wait_for(lambda: len(imds.asked) > 3, process)
+    assert not (ray_that_notes.parent / "asked").exists()
+    imds.announce(120)
+    assert process.wait(timeout=60) == 0
+    assert process.stderr and "has no time to go by" in process.stderr.read()
+    assert len(asked(ray_that_notes)) == 1
+
+
+def test_without_ray_it_says_so_and_tries_again(imds: Service, ray_that_notes: Path, watching: Watching) -> None:
+    (ray_that_notes / "ray").rename(ray_that_notes / "later")
+    imds.announce(120)
+    process = watching()
+    wait_for(lambda: len(imds.asked) > 3, process)
+    (ray_that_notes / "later").rename(ray_that_notes / "ray")
+    assert process.wait(timeout=60) == 0
+    assert process.stderr and "`ray` cannot be run" in process.stderr.read()
+    assert len(asked(ray_that_notes)) == 1
+
+
+def test_told_to_without_ray_it_says_so(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, DRAIN, "--seconds=2", "--address=head:6379", f"--node-id={NODE}"],
+        env={"PATH": str(tmp_path)}, check=False, timeout=60, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1 and "`ray` cannot be run" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.ray

@@ -75,7 +75,7 @@ def test_nothing_but_what_is_copied_goes_to_docker() -> None:
 
 
 def test_there_are_scripts() -> None:
-    assert {path.name for path in SCRIPTS} >= {"s3.sh", "mlflow.sh"}
+    assert {path.name for path in SCRIPTS} >= {"up", "down", "stack.sh", "s3.sh", "mlflow.sh", "promtool.sh"}
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
