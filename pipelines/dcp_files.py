@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemBase, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from pipelines.errors import DamagedError
@@ -91,9 +91,17 @@ class _Index(pickle.Unpickler):
     """Reads an index, and makes nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):  # which before Python 3.11.4 is how an Enum is pickled
+            return _member
         if name not in PARTS.get(module, ()):
             raise pickle.UnpicklingError(f"{module}.{name} has no place there")
         return super().find_class(module, name)
+
+
+def _member(of: Any, name: str) -> Any:
+    if of is not _MEM_FORMAT_ENCODING or name not in _MEM_FORMAT_ENCODING.__members__:
+        raise pickle.UnpicklingError(f"{of}.{name} has no place there")
+    return _MEM_FORMAT_ENCODING[name]
 
 
 @contextmanager

@@ -5,12 +5,14 @@ import logging
 import pickle
 import shutil
 from dataclasses import asdict, replace
-from pathlib import Path
+from enum import Enum
+from pathlib import Path, PosixPath
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, BytesStorageMetadata, MetadataIndex
 
 from models.schedule import article
 from pipelines import checkpoints
@@ -160,6 +162,46 @@ class Program:
 
     def __reduce__(self) -> tuple[object, ...]:
         return Path.write_text, (self.path, "ran")
+
+
+class OldPickler(pickle.Pickler):
+    """Writes an Enum as Python 3.11.2 does, which Debian 12 has: by asking its class for an attribute of this name."""
+
+    def reducer_override(self, value: object) -> Any:
+        return (getattr, (type(value), value.name)) if isinstance(value, Enum) else NotImplemented
+
+
+def rewritten(at: Folder, index: bytes) -> None:
+    """Put another index into a checkpoint, with a manifest that agrees."""
+    at.put(".metadata", index)
+    about = checkpoints.read(at)
+    files = about.files | {".metadata": (len(index), hashlib.sha256(index).hexdigest())}
+    at.put(checkpoints.MANIFEST, json.dumps(asdict(replace(about, files=files))).encode())
+
+
+def test_a_checkpoint_is_read_whichever_python_wrote_it(run: tuple[Folder, State]) -> None:
+    at, data = run[0] / checkpoints.folder_name(384), io.BytesIO()
+    OldPickler(data).dump(pickle.loads(at.get(".metadata")))
+    assert b"getattr" in data.getvalue()
+    before, after = tiny_state(FIT, seed=1).model, tiny_state(FIT, seed=2).model
+    checkpoints.load_weights(at, checkpoints.read(at), before, averaged=False)
+    rewritten(at, data.getvalue())
+    checkpoints.load_weights(at, checkpoints.read(at), after, averaged=False)
+    assert all(torch.equal(one, other) for one, other in zip(before.parameters(), after.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["__class__", "mro", "no_such"])
+def test_what_an_enum_is_asked_for_is_a_member(name: str, run: tuple[Folder, State]) -> None:
+    class Asks:
+        def __reduce__(self) -> Any:
+            return getattr, (_MEM_FORMAT_ENCODING, name) if name != "no_such" else (PosixPath, "cwd")
+
+    at = run[0] / checkpoints.folder_name(384)
+    index = pickle.loads(at.get(".metadata"))
+    index.planner_data = Asks()
+    rewritten(at, pickle.dumps(index))
+    with pytest.raises(DataError, match="has no place there"):
+        checkpoints.load_weights(at, checkpoints.read(at), tiny_state(FIT).model, averaged=False)
 
 
 @pytest.mark.parametrize("where", ["index", "within it", "item", "another index"])
