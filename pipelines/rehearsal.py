@@ -12,7 +12,7 @@ from pipelines.run_folder import RUN
 from pipelines.sizing import size
 from pipelines.storage import Folder
 from pipelines.tracking import resolve_uri
-from pipelines.training import check_claim, check_labels, check_shape, data_source, find_data
+from pipelines.training import check_claim, check_labels, check_shape, check_whole, data_source, find_data
 
 log = logging.getLogger("brickyard.train")
 
@@ -22,8 +22,9 @@ def dry_run(job: TrainJob) -> dict[str, Any]:
 
     Raises:
         ConfigurationError: if the run's folder is that of another run, or the images do not fit.
-        DataError: if data or storage cannot be used.
+        DataError: if data or storage cannot be used, or the folder is what is left of a run.
     """
+    check_whole(job)
     if job.data.builtin == "digits" and not data_source(job).names():
         form = job.data.ingest
         view = job.data.view(form.side, form.channels)

@@ -16,7 +16,7 @@ from pipelines.errors import ConfigurationError, DataError, TryAgainError
 from pipelines.lineage import Trained, git_revision
 from pipelines.networks import Asked
 from pipelines.sample_config import SampleJob
-from pipelines.sample_shards import Form
+from pipelines.sample_shards import SHARD, Form
 from pipelines.storage import Folder
 
 WHAT_A_SAMPLE_DEPENDS_ON = (
@@ -182,8 +182,10 @@ def claim(plan: SamplePlan) -> None:
 
     Raises:
         ConfigurationError: if the folder is for other samples.
+        DataError: if it holds samples and does not say which.
         TryAgainError: if another job has just begun there with another network of the same address.
     """
+    check_whole(plan.out)
     asked = {
         "address": plan.asked.address,
         "model_id": plan.asked.model_id,
@@ -193,6 +195,17 @@ def claim(plan: SamplePlan) -> None:
     }
     if not plan.out.create(CLAIM, json.dumps({**identity(plan), "asked": asked}, indent=1).encode()):
         check_claim(plan)
+
+
+def check_whole(out: Folder) -> None:
+    """Raise DataError if a folder has shards and does not say of which samples: they would be taken for any."""
+    names = out.names()
+    shard = next((name for name in names if name.startswith(SHARD)), "")
+    if shard and CLAIM not in names:
+        raise DataError(
+            f"{out.url} holds {shard} and no {CLAIM}, so nothing says which samples these are: the folder was deleted, "
+            f"or copied, in part. Delete the rest, bring {CLAIM} back, or give another --out"
+        )
 
 
 def check_claim(plan: SamplePlan) -> None:

@@ -22,6 +22,8 @@ from pipelines.storage import Folder
 
 Form = Literal["tar", "png"]
 """What samples are written as beside Parquet."""
+SHARD = "part-"
+"""What the names of shards begin with."""
 
 
 class DamagedShardError(DataError):
@@ -30,7 +32,7 @@ class DamagedShardError(DataError):
 
 def shard_name(shard: int) -> str:
     """Return the name of a shard: its Parquet file."""
-    return f"part-{shard:06d}.parquet"
+    return f"{SHARD}{shard:06d}.parquet"
 
 
 def write(

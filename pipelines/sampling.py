@@ -33,7 +33,7 @@ from pipelines.pictures import contact_sheet, strip
 from pipelines.progress import SampleProgress
 from pipelines.read_back import ReadBack, verify
 from pipelines.sample_config import SampleJob
-from pipelines.sample_plan import CLAIM, SamplePlan, check_claim, claim, plan_samples
+from pipelines.sample_plan import CLAIM, SamplePlan, check_claim, check_whole, claim, plan_samples
 from pipelines.sample_record import recorded
 from pipelines.sample_set import MANIFEST, SUCCESS
 from pipelines.storage import Folder
@@ -232,6 +232,7 @@ def dry_run(job: SampleJob) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         plan = plan_samples(job, keep=Folder(temporary))
     present = set(plan.out.names())
+    check_whole(plan.out)
     if CLAIM in present:
         check_claim(plan)
     missing = [shard for shard in range(plan.shards) if sample_shards.shard_name(shard) not in present]

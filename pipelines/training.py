@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from models.network import build
-from pipelines import checkpoints, run_folder, validation
+from pipelines import checkpoints, run_folder, snapshots, validation
 from pipelines.checkpoints import Checkpoint
 from pipelines.cluster import cluster
 from pipelines.config import TrainJob
 from pipelines.digits import write_digits
 from pipelines.entries import DataSet, without_password
-from pipelines.errors import ConfigurationError, checked
+from pipelines.errors import ConfigurationError, DataError, checked
 from pipelines.features import MAX_PIXELS
 from pipelines.images import View
 from pipelines.ingest import ingest
@@ -257,10 +257,23 @@ def claim(job: TrainJob, manifest: Manifest) -> tuple[str, int]:
 
     Raises:
         ConfigurationError: naming each field that differs.
+        DataError: if the folder has weights and does not say of which run.
     """
+    check_whole(job)
     if not run_folder.claim(job.run, identity(job, manifest)):
         check_claim(job, manifest)
     return run_folder.run_id(job.run), run_folder.count_start(job.run, to_yaml(job))
+
+
+def check_whole(job: TrainJob) -> None:
+    """Raise DataError if the run's folder has weights and does not say of which run: any would go on from them."""
+    names = job.run.names()
+    left = [name for name in names if name.startswith(checkpoints.PREFIX) or name == snapshots.FOLDER]
+    if left and run_folder.RUN not in names:
+        raise DataError(
+            f"{job.run.url} holds {left[-1]} and no {run_folder.RUN}, so nothing says which run that is of: the folder "
+            f"was deleted, or copied, in part. Delete the rest, bring {run_folder.RUN} back, or give another --name"
+        )
 
 
 def check_claim(job: TrainJob, manifest: Manifest | None) -> None:

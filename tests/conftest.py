@@ -112,11 +112,16 @@ def answers(url: str) -> bool:
         return False
 
 
+def need_postgres() -> None:
+    """Leave the test out where there is no PostgreSQL, but not where all is to be tested."""
+    if not (any(Path("/usr/lib/postgresql").glob("*/bin/initdb")) or shutil.which("initdb") or os.environ.get("CI")):
+        pytest.skip("there is no PostgreSQL: apt-get install postgresql")
+
+
 @pytest.fixture(scope="session")
 def mlflow_server(tmp_path_factory: pytest.TempPathFactory, s3_server: str) -> Iterator[str]:
     """The address of a real MLflow server, on PostgreSQL and S3; the environment of this process has its password."""
-    if not (any(Path("/usr/lib/postgresql").glob("*/bin/initdb")) or shutil.which("initdb") or os.environ.get("CI")):
-        pytest.skip("there is no PostgreSQL: apt-get install postgresql")
+    need_postgres()
     script = Path(__file__).parents[1] / "infra" / "local" / "mlflow.sh"
     where = [str(tmp_path_factory.mktemp("mlflow")), str(free_ports(2))]
     context = pytest.MonkeyPatch()

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import ray
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 
 from pipelines import checkpoints
 from pipelines.images import View
@@ -39,12 +39,12 @@ SHORT = [
 ]  # fmt: skip
 
 
-def start(root: Path, *command: str) -> subprocess.Popen[str]:
+def start(root: Path | str, *command: str, code: Path = CODE, **env: str) -> subprocess.Popen[str]:
     assert not ray.is_initialized(), "one Ray cluster at a time"
     return subprocess.Popen(
         [sys.executable, *command, "--root", str(root)],
-        cwd=CODE,
-        env=without_ray() | {"OMP_NUM_THREADS": "1"},
+        cwd=code,
+        env=without_ray() | {"OMP_NUM_THREADS": "1"} | env,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -155,6 +155,39 @@ def test_killed_in_the_middle_it_ends_bit_for_bit_the_same(
     again = finish(start(tmp_path, "jobs/train.py", "digits", *SHORT))
     assert again["trained_images"] == 0 and again["validation_loss"] == said["validation_loss"]
     assert (tmp_path / "runs/digits/export/ema.safetensors").read_bytes() == before
+
+
+def test_everything_but_the_bucket_is_lost(
+    uninterrupted: tuple[Path, dict[str, Any]], s3: Folder, tmp_path: Path
+) -> None:
+    """The cluster, the driver's disk, its code and the tracker's database, between two starts of one command."""
+    from mlflow import MlflowClient
+
+    home = s3 / "runs" / "digits"
+    for life in ("first", "second"):
+        at = tmp_path / "machine"
+        for part in ("jobs", "pipelines", "models"):
+            shutil.copytree(CODE / part, at / life / part)
+        flags = ["digits", *SHORT, "--evaluate-images=0", f"--tracking.uri=sqlite:///{at}/mlflow.db"]
+        process = start(s3.url, "-m", "jobs.train", *flags, code=at / life, HOME=str(at), XDG_CACHE_HOME=f"{at}/cache")
+        if life == "first":
+            wait_for(lambda: checkpoints.newest(home) is not None, process)
+            kill(process)
+            (claim,) = [name for name in home.names() if name.startswith("mlflow-")]
+            unknown = json.loads(home.get(claim))
+            assert list((at / "cache").rglob("*.db"))
+            shutil.rmtree(at)
+    said = finish(process)
+    assert said["images"] == 3840 and 0 < said["trained_images"] < 3840
+    for weights in ("model", "ema"):
+        a = load_file(uninterrupted[0] / f"runs/digits/export/{weights}.safetensors")
+        b = load(home.get(f"export/{weights}.safetensors"))
+        assert a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a), f"{weights} differ"
+    client = MlflowClient(tracking_uri=f"sqlite:///{at}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("brickyard").experiment_id])
+    assert run.info.run_id == said["mlflow_run"] == json.loads(home.get(claim))["mlflow_run"] != unknown["mlflow_run"]
+    assert run.data.tags["brickyard.run"] == unknown["run"]
+    assert (run.info.status, run.data.params["fit.images"], run.data.metrics["loss"] > 0) == ("FINISHED", "3840", True)
 
 
 def test_a_worker_that_is_killed_is_replaced_and_nothing_is_lost(

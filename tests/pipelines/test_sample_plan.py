@@ -25,6 +25,7 @@ from pipelines.lease import Fence
 from pipelines.sample_config import SampleJob
 from pipelines.sample_plan import WHAT_A_SAMPLE_DEPENDS_ON, SamplePlan, check_claim, claim, identity, plan_samples
 from pipelines.sample_record import recorded
+from pipelines.sampling import dry_run
 from pipelines.storage import Folder
 from tests.pipelines.committed import committed
 
@@ -55,6 +56,20 @@ def test_a_seed_has_its_label_and_the_file_says_which(run: Folder, tmp_path: Pat
     assert only == [2] * 10
     for i, label in enumerate(labels):
         assert np.array_equal(pictures[i], of_one[i]) == (label == 2), "the pixels of a seed depend on its label"
+
+
+def test_no_samples_are_made_of_what_is_left_of_others(run: Folder, tmp_path: Path) -> None:
+    mine = plan(run, tmp_path / "out")
+    claim(mine)
+    drawn(mine)
+    claim(mine)
+    (tmp_path / "out/plan.json").unlink()
+    with pytest.raises(DataError, match=r"holds part-000000\.parquet and no plan\.json.*another --out"):
+        claim(plan(run, tmp_path / "out", steps=2))
+    with pytest.raises(DataError, match="no plan"):
+        dry_run(SampleJob(checkpoint=run.url, out=mine.out.url, seeds="7-16", draw=DRAW))
+    (tmp_path / "out/part-000000.parquet").unlink()
+    claim(plan(run, tmp_path / "out", steps=2))
 
 
 def test_guidance_exaggerates_and_1_is_none(run: Folder, tmp_path: Path) -> None:

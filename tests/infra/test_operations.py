@@ -1,0 +1,133 @@
+"""The recipes of docs/operations.md, executed as they stand there, by a shell, against real servers."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from pipelines import checkpoints, run_folder, tracking
+from pipelines.replay import ReplayJob, replay
+from pipelines.storage import Folder
+from pipelines.tracking import Tracker, open_tracker
+from pipelines.tracking_config import TrackingConfig
+from tests.conftest import free_ports, need_postgres
+from tests.pipelines.committed import committed
+from tests.processes import CODE
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # MLflow's own dependencies
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+GUIDE = (CODE / "docs" / "operations.md").read_text()
+SERVER = "infra/local/mlflow.sh"
+
+
+def recipe(word: str) -> str:
+    """The block of the guide that has a word in it."""
+    blocks = [found[0] for found in re.finditer(r"(?m)(^ {4}.*\n|^\n(?= {4}))+", GUIDE)]
+    (found,) = [block for block in blocks if word in block]
+    return re.sub("(?m)^ {4}", "", found)
+
+
+class Keeper:
+    """Whoever keeps a server, in a folder of their own; the environment of this process is theirs."""
+
+    def __init__(self, folder: Path, yard: Folder, patch: pytest.MonkeyPatch) -> None:
+        self.folder, self.yard, self.patch = folder, yard, patch
+        (folder / "infra").symlink_to(CODE / "infra")
+        port = free_ports(2)
+        self.where = [str(folder / "mlflow"), str(port)]
+        patch.setenv("HOME", str(folder))
+        patch.delenv("XDG_CACHE_HOME", raising=False)
+        patch.setenv("MLFLOW_BIN", str(Path(sys.executable).parent / "mlflow"))
+        patch.setenv("PATH", f"{Path(sys.executable).parent}:{self.do('echo $PATH').strip()}")
+        told = {"DATA": self.where[0], "PORT": port, "PGHOST": "127.0.0.1", "PGPORT": port + 1, "PGUSER": "mlflow",
+                "PGPASSFILE": f"{self.where[0]}/pgpass"}  # fmt: skip
+        for name, value in told.items():
+            patch.setenv(name, str(value))
+
+    def do(self, words: str, code: int = 0) -> str:
+        """Run words of the guide, with the folders of this test in them."""
+        words = words.replace("s3://bucket", self.yard.url).replace("s3://backup", f"{self.yard.url}/backup")
+        done = subprocess.run(
+            ["bash", "-c", f"set -eo pipefail\n{words}"], cwd=self.folder, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == code, done.stderr[-3000:]
+        return done.stdout + done.stderr
+
+    def learn(self) -> None:
+        """Take the address and the password from the script."""
+        for name, value in re.findall(r"(MLFLOW_\w+)=(\S+)", self.do(f"{SERVER} env $DATA $PORT")):
+            self.patch.setenv(name, value)
+
+    def start(self, home: Folder, number: int) -> Tracker:
+        return open_tracker(TrackingConfig(), self.yard, home, "digits", run_folder.run_id(home), {}, {}, number)
+
+
+@pytest.fixture
+def keeper(s3: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Keeper:
+    need_postgres()
+    return Keeper(tmp_path, s3, monkeypatch)
+
+
+def test_back_up_lose_restore_renew_the_password_and_delete(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        keeper.do(f"{SERVER} up $DATA $PORT")
+        keeper.learn()
+        home = keeper.yard / "yard" / "runs" / "digits"
+        run_folder.claim(home, {})
+        committed(home, classes=0)
+        monkeypatch.setattr(tracking, "SERVER_PATIENCE_S", 60.0)
+        tracker = keeper.start(home, 1)
+        tracker.metrics({"loss": 0.5}, 10)
+        tracker.file("config.yaml", b"seed: 0")
+        tracker.finish("FINISHED")
+        client, run = MlflowClient(), tracker.tracker_id
+        model = client.create_logged_model(client.get_run(run).info.experiment_id, source_run_id=run)
+        client.create_registered_model("digits")
+        client.create_model_version("digits", f"models:/{model.model_id}", run, model_id=model.model_id)
+        client.set_registered_model_alias("digits", "champion", "1")
+
+        keeper.do(recipe("pg_dump"))
+        keeper.do(recipe("went meanwhile"))
+        keeper.do(f"{SERVER} wipe $DATA $PORT")
+        keeper.do(recipe("pg_restore"))
+        found = checkpoints.newest(keeper.yard / "backup/yard/runs/digits")
+        assert found and found[1].position == 128
+        assert [(point.step, point.value) for point in client.get_metric_history(run, "loss")] == [(10, 0.5)]
+        assert Path(client.download_artifacts(run, "config.yaml")).read_text() == "seed: 0"
+        assert client.get_model_version_by_alias("digits", "champion").run_id == run
+
+        # A job is at work while the password is renewed: it has the old one, and loses nothing.
+        tracker = keeper.start(home, 2)
+        tracker.metrics({"loss": 0.4}, 20)
+        keeper.do(recipe("update-password"))
+        monkeypatch.setattr(tracking, "SERVER_PATIENCE_S", 0.5)
+        tracker.metrics({"loss": 0.3}, 30)
+        tracker.finish("FINISHED")
+        with pytest.raises(MlflowException, match="not authenticated"):
+            client.get_run(run)
+        keeper.do(f"{SERVER} status $DATA $PORT")
+        keeper.learn()
+        assert replay(ReplayJob(runs=(home.url,)))["delivered"] > 0
+        assert [point.step for point in client.get_metric_history(run, "loss")] == [10, 20, 30]
+
+        delete = recipe("mlflow gc")
+        assert "version 1 of digits is the champion" in keeper.do(delete, code=1)
+        assert home.exists("run.json") and client.get_run(run).info.lifecycle_stage == "active"
+        client.delete_registered_model_alias("digits", "champion")
+        assert list(keeper.folder.glob(f".cache/brickyard/spool/{run_folder.run_id(home)}-*"))
+        keeper.do(delete)
+        assert home.names() == [] and (keeper.yard / "backup/yard/runs/digits").exists("run.json")
+        assert not list(keeper.folder.glob(".cache/brickyard/spool/*"))
+        assert client.search_model_versions("name = 'digits'") == []
+        for gone in (lambda: client.get_run(run), lambda: client.get_logged_model(model.model_id)):
+            with pytest.raises(MlflowException, match="not found"):
+                gone()
+        assert not [one for one in Folder("s3://mlflow").find() if run in one.name], "its files are gone as well"
+    finally:
+        keeper.do(f"{SERVER} wipe $DATA $PORT")
