@@ -1,4 +1,4 @@
-# Two commands for a new user: `make train` and `make test`. Everything lives below this folder, but for what servers
+# For a new user: `make train`, `make test` and, for a cluster, `make up`. Everything lives below this folder, but for what servers
 # hold, which lies in the user's cache.
 PYTHON ?= python3
 VENV   := .venv

@@ -11,13 +11,14 @@
 # Each node is a raylet of its own with an address of its own, 127.0.0.2 and on, as if it were a machine; node 1 has
 # the dashboard, on 127.0.0.1. Whoever speaks to Ray, to MLflow or to S3 needs the secret of each, which is made up at
 # the first start. The dashboard, MLflow, PostgreSQL and S3 listen on loopback only. Ray's own ports cannot be told to;
-# they answer those who have the token, and that is no reason to open them to a network.
+# they answer those who have the token, but for metrics, which are anyone's: no reason to open them to a network.
 # The nodes have the environment of who starts them, so jobs find S3 and MLflow by it, and none of it is in a job's own.
 #
 # It needs `pip install -e '.[server]'` (`make up` does that) and what s3.sh and mlflow.sh say. Environment, all optional:
-# STACK_DATA; STACK_BIN (the folder of `ray` and `mlflow`); NODE_CPUS and NODE_STORE_BYTES (what a node offers: the CPUs
-# of this machine; 1 GiB for objects); and, of which those of the first start stay: STACK_NET (127.0.0), RAY_PORT (6379;
-# and the next), DASHBOARD_PORT (8265), MLFLOW_PORT (5000; and the next), S3_PORT (9000; and twelve more).
+# STACK_DATA; STACK_BIN (the folder of `ray` and `mlflow`); NODE_CPUS and NODE_STORE_BYTES (what a node says that it has:
+# 3, whatever this machine has; 1 GiB for objects); and, of which those of the first start stay: STACK_NET (127.0.0),
+# RAY_PORT (6379; and the next, and one more for each node), DASHBOARD_PORT (8265), MLFLOW_PORT (5000; and the next),
+# S3_PORT (9000; and twelve more).
 set -euo pipefail
 shopt -s inherit_errexit
 
@@ -66,6 +67,7 @@ tracker() { "$HERE/mlflow.sh" "$1" "${MLFLOW[@]}"; }
 # --- Ray --------------------------------------------------------------------------------------------------------------
 
 address() { echo "$NET.$(($1 + 1))"; }
+agent() { echo $((PORT + 1 + $1)); } # it listens on 127.0.0.1 too, so each node has another port
 mark() { echo "BRICKYARD_STACK=$DATA:$1"; } # all that a node starts inherits it: by it, and nothing else, it is known
 of_node() { # processes may end, or be others', while they are looked at
     { grep -lszxF -- "$(mark "$1")" /proc/[0-9]*/environ 2>/dev/null || true; } | cut -d / -f 3
@@ -86,7 +88,7 @@ authorized() { # URL: by a file, since everybody on this machine can read a comm
 }
 # Once the agent of a node answers, jobs can be submitted there; Ray refuses them before, with "no available agent".
 answers() {
-    authorized "http://$(address "$1"):52365/api/local_raylet_healthz" \
+    authorized "http://$(address "$1"):$(agent "$1")/api/local_raylet_healthz" \
         && { [ "$1" != 1 ] || authorized "http://127.0.0.1:$DASHBOARD/api/version"; }
 }
 
@@ -97,9 +99,11 @@ begin() { # NODE: as a process group of its own; 9 is the lock, which must not o
             --include-dashboard=true --dashboard-host=127.0.0.1 "--dashboard-port=$DASHBOARD")
     fi
     # Workers listen on ports that the system deals out: those that Ray counts through are the same on each node.
-    env -u RAY_AUTH_TOKEN -u RAY_ADDRESS "$(mark "$1")" RAY_AUTH_MODE=token "RAY_AUTH_TOKEN_PATH=$DATA/ray-token" \
+    env -u RAY_AUTH_TOKEN -u RAY_ADDRESS "$(mark "$1")" "XDG_CACHE_HOME=$DATA/cache" "MPLCONFIGDIR=$DATA/cache" \
+        RAY_AUTH_MODE=token "RAY_AUTH_TOKEN_PATH=$DATA/ray-token" \
         setsid "$BIN/ray" start --block --disable-usage-stats "${where[@]}" "--node-ip-address=$(address "$1")" \
-        --min-worker-port=0 --max-worker-port=0 "--num-cpus=${NODE_CPUS:-$(nproc)}" \
+        "--dashboard-agent-listen-port=$(agent "$1")" \
+        --min-worker-port=0 --max-worker-port=0 "--num-cpus=${NODE_CPUS:-3}" \
         "--object-store-memory=${NODE_STORE_BYTES:-$((1 << 30))}" >>"$DATA/log/node-$1.out" 2>&1 </dev/null 9>&- &
     echo $! >"$DATA/node-$1.pid"
 }
@@ -140,26 +144,27 @@ show() {
 }
 OTHERS=(AWS_SESSION_TOKEN AWS_PROFILE AWS_ENDPOINT_URL_S3 MLFLOW_TRACKING_TOKEN RAY_AUTH_TOKEN RAY_ADDRESS) # would be heard first
 
-vacant() { # FILE NAME HOST PORT…: unless it is our own, whose file is there, nobody may listen: it would be taken for ours
-    local port file=$1 name=$2 host=$3; shift 3
+vacant() { # FILE NAME PORT…: unless it is our own, whose file is there, nobody may listen: it would be taken for ours
+    local port file=$1 name=$2; shift 2
     [ ! -e "$file" ] || return 0
     for port in "$@"; do
-        if (exec 3<>"/dev/tcp/$host/$port") 2>/dev/null; then
-            fail "port $port of $host is another's: end that, or give another $name"
+        if (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
+            fail "port $port is another's: end that, or give another $name"
         fi
     done
 }
 
 up() {
     local node name said several=$1
-    mkdir -p "$DATA/log" "$DATA/settings"
+    mkdir -p "$DATA/log"
     secret ray-token >/dev/null # it also says that the folder is ours
     # shellcheck disable=SC2046  # several
-    vacant "${TMPDIR:-/tmp}/brickyard-s3.$(id -u).${S3[1]}/rgw.pid" S3_PORT 127.0.0.1 $(seq "${S3[1]}" $((S3[1] + 12)))
-    vacant "$DATA/mlflow/server.pid" MLFLOW_PORT 127.0.0.1 "${MLFLOW[1]}" $((MLFLOW[1] + 1))
-    vacant "$DATA/node-1.pid" RAY_PORT 127.0.0.1 "$PORT" $((PORT + 1))
-    vacant "$DATA/node-1.pid" DASHBOARD_PORT 127.0.0.1 "$DASHBOARD"
-    for node in $(seq "$several"); do vacant "$DATA/node-$node.pid" STACK_NET "$(address "$node")" 52365; done
+    vacant "${TMPDIR:-/tmp}/brickyard-s3.$(id -u).${S3[1]}/rgw.pid" S3_PORT $(seq "${S3[1]}" $((S3[1] + 12)))
+    vacant "$DATA/mlflow/server.pid" MLFLOW_PORT "${MLFLOW[1]}" $((MLFLOW[1] + 1))
+    # shellcheck disable=SC2046  # several
+    vacant "$DATA/node-1.pid" RAY_PORT $(seq "$PORT" $((PORT + 1 + several)))
+    vacant "$DATA/node-1.pid" DASHBOARD_PORT "$DASHBOARD"
+    mkdir -p "$DATA/settings"
     for name in "${!SETTINGS[@]}"; do echo "${SETTINGS[$name]}" >"$DATA/settings/$name"; done
     unset "${OTHERS[@]}"
     said=$(storage up) # by itself, since an eval of what has failed is none
@@ -197,12 +202,13 @@ status() {
 
 usage() { sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"; exit 2; }
 
-[ "$COMMAND" = up ] || [ -d "$DATA" ] || [ "$COMMAND" = wipe ] || fail "there is nothing in $DATA: infra/local/up"
+case " $COMMAND $* " in *" --help "* | *" -h "*) usage ;; esac
+begun() { [ -e "$DATA/settings" ] || fail "there is nothing in $DATA: infra/local/up"; }
 alone() { # COMMAND…: while no other works on the same folder
     (flock -w 900 9 || fail "another works on $DATA since 15 minutes"; "$@") 9>"$DATA/lock"
 }
 wipe() {
-    down
+    if [ -e "$DATA/settings" ]; then down; fi
     if [ -e "$DATA/mlflow/postgres.secret" ]; then tracker wipe; fi
     if [ -e "$DATA/s3/fsid" ]; then storage wipe; fi
     rm -rf "$DATA"
@@ -212,6 +218,8 @@ case $COMMAND in
     up)
         [[ ${1:-3} =~ ^[1-9][0-9]*$ && ${1:-3} -le 250 ]] || fail "up $1: give how many nodes there shall be, 1 to 250"
         find_programs
+        [ -n "${POSTGRES_BIN:-}" ] || command -v initdb >/dev/null || compgen -G "/usr/lib/postgresql/*/bin/initdb" >/dev/null \
+            || fail "there is no PostgreSQL: apt-get install postgresql, or give POSTGRES_BIN, the folder of initdb"
         mkdir -p "$DATA"
         alone up "${1:-3}"
         show
@@ -222,10 +230,14 @@ case $COMMAND in
             among "$node" $(nodes) || fail "down $node: there is no such node, but $(nodes | tr '\n' ' ')"
             [ "$node" != 1 ] || fail "down 1: the head goes with all of it: infra/local/down"
         done
-        if [ $# = 0 ]; then alone down; else alone end "$@"; fi
+        if [ $# != 0 ]; then alone end "$@"; elif [ -e "$DATA/settings" ]; then alone down; fi
         ;;
-    status) status ;;
-    env) find_programs; show ;;
+    status) begun; status ;;
+    env)
+        begun
+        find_programs
+        show
+        ;;
     wipe)
         [ ! -e "$DATA" ] || [ -e "$DATA/ray-token" ] || fail "$DATA is not one of ours: it stays"
         [ ! -e "$DATA" ] || alone wipe

@@ -30,7 +30,8 @@ NET = "127.1.0"
 TRAIN = [
     "jobs/train.py", "digits", "--root=s3://yard", "--fit.images=14400", "--fit.batch-images=96",
     "--fit.micro-images=32", "--fit.log-images=960", "--fit.checkpoint-images=2400", "--fit.grid-images=14400",
-    "--evaluate-images=0", "--scaling.workers=3", "--scaling.min-workers=1", "--tracking.register=digits",
+    "--evaluate-images=0", "--scaling.workers=3", "--scaling.cpus-per-worker=2", "--scaling.min-workers=1",
+    "--tracking.register=digits",
 ]  # fmt: skip
 SAMPLE = [
     "python", "-m", "jobs.sample", "--checkpoint=models:/digits@candidate", "--seeds=0-255", "--out=s3://yard/samples/nightly",
@@ -98,10 +99,10 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     if not (any(Path("/usr/lib/postgresql").glob("*/bin/initdb")) or shutil.which("initdb") or os.environ.get("CI")):
         pytest.skip("there is no PostgreSQL: apt-get install postgresql")
     assert not ray.is_initialized(), "one Ray cluster at a time"
-    data, port = tmp_path_factory.mktemp("stack"), free_ports(20)
+    data, port = tmp_path_factory.mktemp("stack"), free_ports(26)
     plain = {name: value for name, value in without_ray().items() if not name.startswith(("AWS_", "S3_"))}
-    ports = {"S3_PORT": port, "MLFLOW_PORT": port + 14, "RAY_PORT": port + 16, "DASHBOARD_PORT": port + 18}
-    asked = plain | {"STACK_DATA": f"{data}/a stack", "STACK_BIN": str(BIN), "NODE_CPUS": "2", "OMP_NUM_THREADS": "1"}
+    ports = {"S3_PORT": port, "MLFLOW_PORT": port + 14, "RAY_PORT": port + 16, "DASHBOARD_PORT": port + 24}
+    asked = plain | {"STACK_DATA": f"{data}/a stack", "STACK_BIN": str(BIN), "OMP_NUM_THREADS": "1"}
     stack = Stack(
         data / "a stack", asked | {name: str(value) for name, value in ports.items()} | {"STACK_NET": NET}, {}
     )
@@ -166,9 +167,8 @@ def test_a_run_outlives_a_node_and_its_samples_are_made_once(stack: Stack) -> No
     train = stack.submit(*TRAIN)
     try:
         wait_for(lambda: "checkpoint at 2400" in stack.log, train)
-        # Of three workers two at most have room on the head.
-        gone = next(node for node in (2, 3) if stack.processes(node, b"RayTrainWorker"))
-        assert stack.run("down", str(gone)).returncode == 0
+        assert all(stack.processes(node, b"RayTrainWorker") for node in (1, 2, 3)), "there is room for one on each"
+        assert stack.run("down", "3").returncode == 0
         assert len(stack.nodes()) == 2
         wait_for(lambda: "a node is taken away" in stack.log, train)
         assert stack.run("up", "3").returncode == 0
@@ -178,7 +178,7 @@ def test_a_run_outlives_a_node_and_its_samples_are_made_once(stack: Stack) -> No
         kill(train)
     said = last_word(stack.log)
     assert (said["images"], said["exit_code"]) == (14400, 0)
-    assert len(re.findall("workers? trains? from (?!0 )", stack.log)) >= 1, "it went on from where it was"
+    assert re.search(r"\b2 workers train from (?!0 )", stack.log), "it went on with those that were left"
     # What MLflow has not taken by the end, on a busy machine, waits in the bucket.
     command = [sys.executable, "jobs/replay.py", "s3://yard/runs/digits"]
     subprocess.run(command, cwd=CODE, env=stack.said, check=True, capture_output=True)
@@ -225,7 +225,7 @@ def test_what_cannot_be_is_said(stack: Stack, command: list[str], says: str) -> 
 
 def another(stack: Stack, folder: Path) -> Stack:
     """One that has nothing in common with it."""
-    ports = {"S3_PORT": 13, "MLFLOW_PORT": 2, "RAY_PORT": 2, "DASHBOARD_PORT": 1}
+    ports = {"S3_PORT": 13, "MLFLOW_PORT": 2, "RAY_PORT": 6, "DASHBOARD_PORT": 1}
     settings = {name: str(free_ports(several)) for name, several in ports.items()}
     return Stack(folder, stack.asked | settings | {"STACK_DATA": str(folder), "STACK_NET": "127.2.0"}, {})
 
@@ -237,9 +237,6 @@ def test_a_port_of_another_is_not_taken_for_ours(stack: Stack, tmp_path: Path) -
         done = theirs.run("up")
         assert done.returncode == 1 and f"give another {name}" in done.stderr
         assert not (tmp_path / "s" / "s3").exists(), "it is said before anything is begun"
-    theirs = another(stack, tmp_path / "s")
-    theirs.asked["STACK_NET"] = NET
-    assert "give another STACK_NET" in theirs.run("up").stderr
 
 
 def test_what_was_begun_with_other_ports_is_left_alone(stack: Stack) -> None:
