@@ -14,8 +14,8 @@ PORT   ?= 5000
 train: $(VENV)/.installed  ## real images → trained network → samples → score → pictures
 	$(BIN)/python jobs/train.py $(PRESET) --root $(ROOT) $(FLAGS)
 
-test: $(VENV)/.installed-test  ## the whole suite
-	$(BIN)/python -m pytest
+test: $(VENV)/.installed-test  ## the whole suite, in two processes: one has all that start Ray (tests/conftest.py)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 test-faults: $(VENV)/.installed-test  ## what docs/faults.md promises: kills, hangs, lost nodes, bad storage
 	$(BIN)/python -m pytest tests/faults tests/jobs/test_road.py tests/jobs/test_s3_road.py \

@@ -29,6 +29,15 @@ settings.register_profile("brickyard", deadline=None, derandomize=True, max_exam
 settings.load_profile("brickyard")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of several processes (pytest -n) one has all files that start Ray, since there is one cluster at a time."""
+    if config.pluginmanager.hasplugin("xdist"):
+        with_ray = {item.path for item in items if item.get_closest_marker("ray")}
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group("ray" if item.path in with_ray else str(item.path)))
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
