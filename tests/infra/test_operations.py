@@ -51,11 +51,9 @@ class Keeper:
             patch.setenv(name, str(value))
 
     def do(self, words: str, code: int = 0) -> str:
-        """Run words of the guide, with the folders of this test in them."""
+        """Run words of the guide as they are pasted, with the folders of this test in them."""
         words = words.replace("s3://bucket", self.yard.url).replace("s3://backup", f"{self.yard.url}/backup")
-        done = subprocess.run(
-            ["bash", "-c", f"set -eo pipefail\n{words}"], cwd=self.folder, capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(["bash"], input=words, cwd=self.folder, capture_output=True, text=True, check=False)
         assert done.returncode == code, done.stderr[-3000:]
         return done.stdout + done.stderr
 
@@ -63,6 +61,12 @@ class Keeper:
         """Take the address and the password from the script."""
         for name, value in re.findall(r"(MLFLOW_\w+)=(\S+)", self.do(f"{SERVER} env $DATA $PORT")):
             self.patch.setenv(name, value)
+
+    def bin(self) -> set[str]:
+        """What is deleted in MLflow, and not for good."""
+        tables = {"runs": "run_uuid", "logged_models": "model_id", "experiments": "experiment_id::text"}
+        asked = [f"SELECT {key} FROM {name} WHERE lifecycle_stage = 'deleted'" for name, key in tables.items()]
+        return set(self.do(f'psql -d mlflow -tAc "{" UNION ".join(asked)}"').split())
 
     def start(self, home: Folder, number: int) -> Tracker:
         return open_tracker(TrackingConfig(), self.yard, home, "digits", run_folder.run_id(home), {}, {}, number)
@@ -74,7 +78,7 @@ def keeper(s3: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Keepe
     return Keeper(tmp_path, s3, monkeypatch)
 
 
-def test_back_up_lose_restore_renew_the_password_and_delete(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_back_up_lose_restore_and_renew_the_password(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         keeper.do(f"{SERVER} up $DATA $PORT")
         keeper.learn()
@@ -93,7 +97,13 @@ def test_back_up_lose_restore_renew_the_password_and_delete(keeper: Keeper, monk
         client.set_registered_model_alias("digits", "champion", "1")
 
         keeper.do(recipe("pg_dump"))
-        keeper.do(recipe("went meanwhile"))
+        dumped = (keeper.folder / "backup/users.dump").read_bytes()
+        monkeypatch.setenv("PGPORT", "1")
+        keeper.do(recipe("pg_dump"), code=1)
+        assert (keeper.folder / "backup/users.dump").read_bytes() == dumped, "a good one outlives one that fails"
+        monkeypatch.setenv("PGPORT", str(int(keeper.where[1]) + 1))
+        keeper.do(recipe("pg_restore"), code=1)  # into one that is at work
+        assert client.get_run(run).info.lifecycle_stage == "active"
         keeper.do(f"{SERVER} wipe $DATA $PORT")
         keeper.do(recipe("pg_restore"))
         found = checkpoints.newest(keeper.yard / "backup/yard/runs/digits")
@@ -105,6 +115,14 @@ def test_back_up_lose_restore_renew_the_password_and_delete(keeper: Keeper, monk
         # A job is at work while the password is renewed: it has the old one, and loses nothing.
         tracker = keeper.start(home, 2)
         tracker.metrics({"loss": 0.4}, 20)
+        secrets = Path(keeper.where[0])
+        with monkeypatch.context() as wrong:
+            wrong.setenv("MLFLOW_TRACKING_PASSWORD", "not the password")
+            keeper.do(recipe("update-password"), code=1)
+        keeper.do(recipe("update-password"), code=1)  # what the server may have taken is not written over
+        assert (secrets / "password.new").exists()
+        keeper.do(f"{SERVER} status $DATA $PORT")
+        (secrets / "password.new").unlink()
         keeper.do(recipe("update-password"))
         monkeypatch.setattr(tracking, "SERVER_PATIENCE_S", 0.5)
         tracker.metrics({"loss": 0.3}, 30)
@@ -115,19 +133,67 @@ def test_back_up_lose_restore_renew_the_password_and_delete(keeper: Keeper, monk
         keeper.learn()
         assert replay(ReplayJob(runs=(home.url,)))["delivered"] > 0
         assert [point.step for point in client.get_metric_history(run, "loss")] == [10, 20, 30]
+    finally:
+        keeper.do(f"{SERVER} wipe $DATA $PORT")
 
-        delete = recipe("mlflow gc")
+
+def test_a_run_is_deleted_and_nothing_else(keeper: Keeper) -> None:
+    try:
+        keeper.do(f"{SERVER} up $DATA $PORT")
+        keeper.learn()
+        home = keeper.yard / "yard" / "runs" / "digits"
+        run_folder.claim(home, {})
+        committed(home, classes=0)
+        tracker = keeper.start(home, 1)
+        tracker.file("config.yaml", b"seed: 0")
+        tracker.finish("FINISHED")
+        client, run = MlflowClient(), tracker.tracker_id
+        experiment = client.get_run(run).info.experiment_id
+        model = client.create_logged_model(experiment, source_run_id=run).model_id
+        client.create_registered_model("digits")
+        client.create_model_version("digits", f"models:/{model}", run, model_id=model)
+        client.set_registered_model_alias("digits", "champion", "1")
+        spools = keeper.folder / ".cache/brickyard/spool"
+        spools.mkdir(parents=True, exist_ok=True)
+        spool = spools / f"{run_folder.run_id(home)}-other.db"
+        spool.write_bytes(b"")
+        (spools / "another-run.db").write_bytes(b"")
+
+        # What others have deleted, and may want back; and what they have not.
+        theirs = client.create_experiment("theirs")
+        binned = {client.create_run(experiment).info.run_id, client.create_run(theirs).info.run_id, theirs}
+        for one in binned - {theirs}:
+            client.delete_run(one)
+        binned.add(client.create_logged_model(experiment).model_id)
+        client.delete_logged_model(*(one for one in binned if one.startswith("m-")))
+        client.delete_experiment(theirs)
+        bystander = client.create_run(experiment).info.run_id
+        assert keeper.bin() == binned
+
+        delete = recipe("delete_model_version")
+        files = sorted(one.name for one in home.find())
         assert "version 1 of digits is the champion" in keeper.do(delete, code=1)
-        assert home.exists("run.json") and client.get_run(run).info.lifecycle_stage == "active"
+        assert sorted(one.name for one in home.find()) == files and home.exists("run.json") and spool.exists()
+        assert keeper.bin() == binned and client.get_model_version_by_alias("digits", "champion").run_id == run
+
         client.delete_registered_model_alias("digits", "champion")
-        assert list(keeper.folder.glob(f".cache/brickyard/spool/{run_folder.run_id(home)}-*"))
-        keeper.do(delete)
-        assert home.names() == [] and (keeper.yard / "backup/yard/runs/digits").exists("run.json")
-        assert not list(keeper.folder.glob(".cache/brickyard/spool/*"))
+        spool.unlink()
+        (spool / "in-the-way").mkdir(parents=True)
+        keeper.do(delete, code=1)  # it is interrupted halfway
+        assert keeper.bin() == {*binned, run, model} and home.exists("deleted-run.json") and not home.exists("run.json")
+        (spool / "in-the-way").rmdir()
+        spool.rmdir()
+        spool.write_bytes(b"")
+        assert "deleted: " in keeper.do(delete)
+        assert home.names() == [] and [one.name for one in spools.iterdir()] == ["another-run.db"]
         assert client.search_model_versions("name = 'digits'") == []
-        for gone in (lambda: client.get_run(run), lambda: client.get_logged_model(model.model_id)):
-            with pytest.raises(MlflowException, match="not found"):
-                gone()
+        assert "nothing was touched" in keeper.do(delete, code=1)
+        assert keeper.bin() == {*binned, run, model} and client.get_run(bystander).info.lifecycle_stage == "active"
+
+        keeper.do(recipe("mlflow gc"))
+        assert keeper.bin() == {*binned, run, model}, "none of it is 30 days old"
+        keeper.do(recipe("mlflow gc").replace("30d", "0d"))
+        assert keeper.bin() == set() and client.get_run(bystander).info.lifecycle_stage == "active"
         assert not [one for one in Folder("s3://mlflow").find() if run in one.name], "its files are gone as well"
     finally:
         keeper.do(f"{SERVER} wipe $DATA $PORT")
