@@ -92,7 +92,7 @@ def test_noise_is_asked_for_once_a_step_by_its_index(sampler, asked):
     assert steps == asked
 
 
-@pytest.mark.parametrize("name", SAMPLERS.keys() - STOCHASTIC)
+@pytest.mark.parametrize("name", sorted(SAMPLERS.keys() - STOCHASTIC))
 def test_a_deterministic_sampler_asks_for_no_noise(name):
     build(
         SAMPLERS[name],
