@@ -29,13 +29,11 @@ settings.register_profile("brickyard", deadline=None, derandomize=True, max_exam
 settings.load_profile("brickyard")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of several processes (pytest -n) one has all files that start Ray, since there is one cluster at a time."""
-    if config.pluginmanager.hasplugin("xdist"):
-        with_ray = {item.path for item in items if item.get_closest_marker("ray")}
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group("ray" if item.path in with_ray else str(item.path)))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What only computes, or has servers of its own, can run in a process beside the one that starts Ray."""
+    for item in items:
+        if not item.get_closest_marker("ray") and item.path.parent.name in ("models", "infra", "tests"):
+            item.add_marker("beside")
 
 
 @pytest.fixture(autouse=True)
