@@ -156,9 +156,8 @@ def _train(
 
 
 def lost_since(run: Folder, checkpoint: Folder | None) -> float:
-    """Return since when the work of a run would be lost in a crash, unix time: its newest checkpoint's commit, or its
-    first start. A later start changes nothing: a job may be started again and again, and make no checkpoint.
-    """
+    """Return since when a crash would lose work, unix time: the newest checkpoint's commit, or the run's first start.
+    A later start changes nothing: a job may be started again and again, and make no checkpoint."""
     written = checkpoint.written_at(checkpoints.MANIFEST) if checkpoint else run.written_at(run_folder.RUN)
     return time.time() if written is None else written
 
