@@ -53,7 +53,7 @@ def ray_cluster() -> Iterator[None]:
 
 def free_ports(several: int) -> int:
     """The first of several ports in a row that nobody listens on; below those that the system deals out."""
-    for first in range(20000 + os.getpid() % 500 * several, 32000, several):
+    for first in range(20000 + os.getpid() % 500 * several % 10000, 32000, several):
         try:
             for port in range(first, first + several):
                 with socket.socket() as taken:

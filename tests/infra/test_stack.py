@@ -94,14 +94,19 @@ class Stack:
         return [one for one in found if one["state"] == "ALIVE"]
 
 
+def some_ports() -> dict[str, int]:
+    """Of a stack of three nodes, all free."""
+    first = free_ports(26)
+    return {"S3_PORT": first, "MLFLOW_PORT": first + 14, "RAY_PORT": first + 16, "DASHBOARD_PORT": first + 24}
+
+
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     if not (any(Path("/usr/lib/postgresql").glob("*/bin/initdb")) or shutil.which("initdb") or os.environ.get("CI")):
         pytest.skip("there is no PostgreSQL: apt-get install postgresql")
     assert not ray.is_initialized(), "one Ray cluster at a time"
-    data, port = tmp_path_factory.mktemp("stack"), free_ports(26)
+    data, ports = tmp_path_factory.mktemp("stack"), some_ports()
     plain = {name: value for name, value in without_ray().items() if not name.startswith(("AWS_", "S3_"))}
-    ports = {"S3_PORT": port, "MLFLOW_PORT": port + 14, "RAY_PORT": port + 16, "DASHBOARD_PORT": port + 24}
     asked = plain | {"STACK_DATA": f"{data}/a stack", "STACK_BIN": str(BIN), "OMP_NUM_THREADS": "1"}
     stack = Stack(
         data / "a stack", asked | {name: str(value) for name, value in ports.items()} | {"STACK_NET": NET}, {}
@@ -225,8 +230,7 @@ def test_what_cannot_be_is_said(stack: Stack, command: list[str], says: str) -> 
 
 def another(stack: Stack, folder: Path) -> Stack:
     """One that has nothing in common with it."""
-    ports = {"S3_PORT": 13, "MLFLOW_PORT": 2, "RAY_PORT": 6, "DASHBOARD_PORT": 1}
-    settings = {name: str(free_ports(several)) for name, several in ports.items()}
+    settings = {name: str(value) for name, value in some_ports().items()}
     return Stack(folder, stack.asked | settings | {"STACK_DATA": str(folder), "STACK_NET": "127.2.0"}, {})
 
 

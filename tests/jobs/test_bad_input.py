@@ -11,7 +11,7 @@ import pytest
 
 from jobs import ingest, sample, score, train
 from jobs.presets import DIGITS
-from pipelines import checkpoints
+from pipelines import checkpoints, run_folder
 from pipelines.images import encode
 from pipelines.manifest import Manifest, Shard
 from pipelines.plain import to_dict
@@ -178,6 +178,7 @@ def test_no_data_at_all(run: Callable) -> None:
 def trained(root: str) -> Folder:
     """A run's folder with two checkpoints."""
     about, state, folder = replace(ABOUT, config=to_dict(DIGITS)), tiny_state(FIT), Folder(root) / "runs" / "digits"
+    run_folder.claim(folder, {})
     for state.position in (128, 256):
         checkpoints.commit(folder, state, about, World())
     return folder
