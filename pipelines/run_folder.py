@@ -4,6 +4,7 @@ import json
 import uuid
 from typing import Any
 
+from pipelines.errors import DataError
 from pipelines.storage import Folder
 
 RUN = "run.json"
@@ -34,6 +35,27 @@ def count_start(folder: Folder, config: str) -> int:
     while not folder.create(f"start-{start:04d}.yaml", config.encode()):
         start += 1
     return start
+
+
+def check_whole(folder: Folder, claim: str, begins: tuple[str, ...], flag: str) -> None:
+    """Check that a folder, of a run or of samples, says what it is of if it has anything.
+
+    Args:
+        folder: the folder.
+        claim: the file that says it.
+        begins: how the names begin of what would else be taken for anything.
+        flag: which names another folder.
+
+    Raises:
+        DataError: if it does not say it.
+    """
+    names = folder.names()
+    left = next((name for name in names if name.startswith(begins)), "")
+    if left and claim not in names:
+        raise DataError(
+            f"{folder.url} holds {left} and no {claim}, so nothing says what that is of: the folder was deleted, or "
+            f"copied, in part. Delete the rest, bring {claim} back, or give another {flag}"
+        )
 
 
 def _about(folder: Folder) -> dict[str, Any]:

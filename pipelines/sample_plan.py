@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines import networks
+from pipelines import networks, run_folder
 from pipelines.draw_config import DrawConfig
 from pipelines.errors import ConfigurationError, DataError, TryAgainError
 from pipelines.lineage import Trained, git_revision
@@ -199,13 +199,7 @@ def claim(plan: SamplePlan) -> None:
 
 def check_whole(out: Folder) -> None:
     """Raise DataError if a folder has shards and does not say of which samples: they would be taken for any."""
-    names = out.names()
-    shard = next((name for name in names if name.startswith(SHARD)), "")
-    if shard and CLAIM not in names:
-        raise DataError(
-            f"{out.url} holds {shard} and no {CLAIM}, so nothing says which samples these are: the folder was deleted, "
-            f"or copied, in part. Delete the rest, bring {CLAIM} back, or give another --out"
-        )
+    run_folder.check_whole(out, CLAIM, (SHARD,), "--out")
 
 
 def check_claim(plan: SamplePlan) -> None:

@@ -20,7 +20,7 @@ from pipelines.cluster import cluster
 from pipelines.config import TrainJob
 from pipelines.digits import write_digits
 from pipelines.entries import DataSet, without_password
-from pipelines.errors import ConfigurationError, DataError, checked
+from pipelines.errors import ConfigurationError, checked
 from pipelines.features import MAX_PIXELS
 from pipelines.images import View
 from pipelines.ingest import ingest
@@ -266,13 +266,7 @@ def claim(job: TrainJob, manifest: Manifest) -> tuple[str, int]:
 
 def check_whole(job: TrainJob) -> None:
     """Raise DataError if the run's folder has weights and does not say of which run: any would go on from them."""
-    names = job.run.names()
-    left = [name for name in names if name.startswith(checkpoints.PREFIX) or name == snapshots.FOLDER]
-    if left and run_folder.RUN not in names:
-        raise DataError(
-            f"{job.run.url} holds {left[-1]} and no {run_folder.RUN}, so nothing says which run that is of: the folder "
-            f"was deleted, or copied, in part. Delete the rest, bring {run_folder.RUN} back, or give another --name"
-        )
+    run_folder.check_whole(job.run, run_folder.RUN, (checkpoints.PREFIX, snapshots.FOLDER), "--name")
 
 
 def check_claim(job: TrainJob, manifest: Manifest | None) -> None:
