@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# A real MLflow server on loopback, for tests and for trying things: mlflow.sh {up|stop|status|env|wipe} [DATA] [PORT]
+# A real MLflow server on loopback, for tests and for trying things: mlflow.sh {check|up|stop|status|env|wipe} [DATA] [PORT]
 #
+#   check   say if a program is missing that `up` needs; exit 1 then
 #   up      start it, and PostgreSQL behind it, and print its environment
 #   stop    stop both; what they hold stays in DATA and on S3
 #   status  say whether it answers one who has the password; exit 1 if not
@@ -30,7 +31,10 @@ export PGPASSFILE=$DATA/pgpass # for PostgreSQL, of which nobody needs to know t
 fail() { echo "mlflow.sh: $*" >&2; exit 1; }
 
 find_programs() {
-    local candidate
+    local candidate tool
+    for tool in curl flock setsid unshare; do
+        command -v "$tool" >/dev/null || fail "$tool is needed"
+    done
     MLFLOW=${MLFLOW_BIN:-$HOME_OF_CODE/.venv/bin/mlflow}
     [ -x "$MLFLOW" ] || MLFLOW=$(command -v mlflow) || fail "there is no mlflow: pip install -e '.[server]', or give MLFLOW_BIN"
     POSTGRES=${POSTGRES_BIN:-}
@@ -148,10 +152,8 @@ show() {
 }
 
 case $COMMAND in
+    check) find_programs ;;
     up)
-        for tool in curl flock setsid unshare; do
-            command -v "$tool" >/dev/null || fail "$tool is needed"
-        done
         find_programs
         mkdir -p "$DATA"
         (flock 9; up) 9>"$DATA/lock"

@@ -161,8 +161,10 @@ up() {
     # shellcheck disable=SC2046  # several
     vacant "${TMPDIR:-/tmp}/brickyard-s3.$(id -u).${S3[1]}/rgw.pid" S3_PORT $(seq "${S3[1]}" $((S3[1] + 12)))
     vacant "$DATA/mlflow/server.pid" MLFLOW_PORT "${MLFLOW[1]}" $((MLFLOW[1] + 1))
-    # shellcheck disable=SC2046  # several
-    vacant "$DATA/node-1.pid" RAY_PORT $(seq "$PORT" $((PORT + 1 + several)))
+    vacant "$DATA/node-1.pid" RAY_PORT "$PORT" $((PORT + 1))
+    for node in $(seq "$several"); do
+        [ -n "$(of_node "$node")" ] || vacant "$DATA/node-$node.pid" RAY_PORT "$(agent "$node")"
+    done
     vacant "$DATA/node-1.pid" DASHBOARD_PORT "$DASHBOARD"
     mkdir -p "$DATA/settings"
     for name in "${!SETTINGS[@]}"; do echo "${SETTINGS[$name]}" >"$DATA/settings/$name"; done
@@ -218,8 +220,7 @@ case $COMMAND in
     up)
         [[ ${1:-3} =~ ^[1-9][0-9]*$ && ${1:-3} -le 250 ]] || fail "up $1: give how many nodes there shall be, 1 to 250"
         find_programs
-        [ -n "${POSTGRES_BIN:-}" ] || command -v initdb >/dev/null || compgen -G "/usr/lib/postgresql/*/bin/initdb" >/dev/null \
-            || fail "there is no PostgreSQL: apt-get install postgresql, or give POSTGRES_BIN, the folder of initdb"
+        tracker check # before anything is fetched
         mkdir -p "$DATA"
         alone up "${1:-3}"
         show

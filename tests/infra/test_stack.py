@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import pytest
 import ray
 
 from pipelines.storage import Folder
-from tests.conftest import free_ports
+from tests.conftest import free_ports, need_postgres
 from tests.infra.tools import BIN, INFRA
 from tests.processes import CODE, kill, wait_for, without_ray
 
@@ -102,8 +101,7 @@ def some_ports() -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    if not (any(Path("/usr/lib/postgresql").glob("*/bin/initdb")) or shutil.which("initdb") or os.environ.get("CI")):
-        pytest.skip("there is no PostgreSQL: apt-get install postgresql")
+    need_postgres()
     assert not ray.is_initialized(), "one Ray cluster at a time"
     data, ports = tmp_path_factory.mktemp("stack"), some_ports()
     plain = {name: value for name, value in without_ray().items() if not name.startswith(("AWS_", "S3_"))}
