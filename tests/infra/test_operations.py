@@ -62,6 +62,15 @@ class Keeper:
         for name, value in re.findall(r"(MLFLOW_\w+)=(\S+)", self.do(f"{SERVER} env $DATA $PORT")):
             self.patch.setenv(name, value)
 
+    def begin(self) -> Folder:
+        """Start the server, and a run, which has a checkpoint; return its folder."""
+        self.do(f"{SERVER} up $DATA $PORT")
+        self.learn()
+        home = self.yard / "yard" / "runs" / "digits"
+        run_folder.claim(home, {})
+        committed(home, classes=0)
+        return home
+
     def bin(self) -> set[str]:
         """What is deleted in MLflow, and not for good."""
         tables = {"runs": "run_uuid", "logged_models": "model_id", "experiments": "experiment_id::text"}
@@ -80,11 +89,7 @@ def keeper(s3: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Keepe
 
 def test_back_up_lose_restore_and_renew_the_password(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
     try:
-        keeper.do(f"{SERVER} up $DATA $PORT")
-        keeper.learn()
-        home = keeper.yard / "yard" / "runs" / "digits"
-        run_folder.claim(home, {})
-        committed(home, classes=0)
+        home = keeper.begin()
         monkeypatch.setattr(tracking, "SERVER_PATIENCE_S", 60.0)
         tracker = keeper.start(home, 1)
         tracker.metrics({"loss": 0.5}, 10)
@@ -139,11 +144,7 @@ def test_back_up_lose_restore_and_renew_the_password(keeper: Keeper, monkeypatch
 
 def test_a_run_is_deleted_and_nothing_else(keeper: Keeper) -> None:
     try:
-        keeper.do(f"{SERVER} up $DATA $PORT")
-        keeper.learn()
-        home = keeper.yard / "yard" / "runs" / "digits"
-        run_folder.claim(home, {})
-        committed(home, classes=0)
+        home = keeper.begin()
         tracker = keeper.start(home, 1)
         tracker.file("config.yaml", b"seed: 0")
         tracker.finish("FINISHED")
