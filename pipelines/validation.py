@@ -45,6 +45,8 @@ BATCH_IMAGES = 64
 """Images that are read, and computed, at once."""
 LAST_S = 1800.0
 """How long the end of a job waits for the loss of its last checkpoint."""
+LOOK_S = 0.5
+"""Between two looks whether what is being measured is wanted still."""
 SEED = 0
 """Of t and ε, in all runs."""
 
@@ -162,7 +164,6 @@ class Validator:
         """The loss of the newest checkpoint that was taken up; None as long as it is not known."""
         self._job, self._data, self._manifest, self._tracker = job, data, manifest, tracker
         self._due: SimpleQueue[int | None] = SimpleQueue()
-        self._running: Any = None
         self._given_up = Event()
         self._thread = Thread(target=self._run, name="validation", daemon=True)
 
@@ -187,8 +188,6 @@ class Validator:
                 self._thread.join(timeout=LAST_S)
         finally:
             self._given_up.set()
-            if self._running is not None:
-                ray.cancel(self._running, force=True)  # says nothing if it is done
             self._thread.join(timeout=10)
 
     def _run(self) -> None:
@@ -220,9 +219,14 @@ class Validator:
         # No CPU is set aside, or the tasks that read, and so training, would wait for it. The process, which has made
         # itself the last in line for good, is used once.
         task = ray.remote(num_cpus=0, num_gpus=int(on_gpu), max_calls=1)(measure)
-        self._running = task.remote(checkpoint, images, on_gpu)
+        running = task.remote(checkpoint, images, on_gpu)
+        # One that is given up is left to the end of the job. To cancel it would be to die if it ended just then: where
+        # a task is cancelled when its result is there already, but Ray is not done with it, Ray 2.60 ends this process.
         try:
-            found = ray.get(self._running)
+            while not ray.wait([running], timeout=LOOK_S)[0]:
+                if self._given_up.is_set():
+                    return False
+            found = ray.get(running)
         except Exception as error:  # worth a warning, never a run; and only the newest checkpoints are kept
             log.warning("%s at %d images is not on record: %s", METRIC, position, error)
             return False

@@ -1,5 +1,7 @@
 import logging
 import math
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,7 @@ from models.network import EpsNetwork, NetworkConfig, build
 from models.noise import normal
 from models.objective import ObjectiveConfig, Target
 from models.schedule import ScheduleConfig
-from pipelines import checkpoints
+from pipelines import checkpoints, validation
 from pipelines.config import DataConfig, TrainJob
 from pipelines.fit import new_state
 from pipelines.images import View, encode
@@ -197,7 +199,12 @@ class Remembers(Tracker):
 
 @pytest.mark.ray
 def test_it_is_measured_beside_and_the_last_is_waited_for(
-    alone: None, tmp_path: Path, digits: Digits, caplog: pytest.LogCaptureFixture, ray_cluster: None
+    alone: None,
+    tmp_path: Path,
+    digits: Digits,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    ray_cluster: None,
 ) -> None:
     root = Folder(str(tmp_path))
     for i in range(300):
@@ -218,9 +225,15 @@ def test_it_is_measured_beside_and_the_last_is_waited_for(
     assert validator.last is not None
     assert validator.last.means == tracker.taken[-1][1] == pytest.approx(expected, rel=1e-6)
 
+    measuring, end = tmp_path / "measuring", time.monotonic() + 300
+    monkeypatch.setattr(validation, "measure", lambda *_: (measuring.touch(), time.sleep(60)))
     with pytest.raises(KeyError), Validator(job, root / "data", manifest, tracker) as validator:
         validator.take(128)
+        while not measuring.exists():
+            assert time.monotonic() < end, "it never began"
+            time.sleep(0.05)
         raise KeyError("an error elsewhere is not held up")
+    assert not [thread for thread in threading.enumerate() if thread.name == "validation"], "nobody waits in Ray"
     none = replace(job, data=replace(job.data, held_out=0))
     with Validator(none, root / "data", manifest, tracker) as validator:
         validator.take(384)
