@@ -7,13 +7,13 @@
 #   env     print the environment that S3 clients need: eval "$(infra/local/s3.sh env)"
 #   wipe    stop it and remove DATA
 #
-# It is Ceph's RADOS gateway with one monitor and one disk, a sparse file. Debian's packages are downloaded by apt from
-# this host's own mirror into the user's cache and unpacked there: nothing is installed, no root, no systemd. The
-# programs run with the libraries they came with, so any Debian on x86_64 can be the host. It listens on 127.0.0.1 only:
+# It is Ceph's RADOS gateway with one monitor and one disk, a sparse file. debian.sh unpacks Debian's packages in the
+# user's cache: nothing is installed, no root, no systemd. The programs run with the libraries they came with, so any
+# Debian on x86_64 can be the host. It listens on 127.0.0.1 only:
 # PORT speaks S3, PORT+1 to PORT+12 are its own. After kill -9 of any of it, `up` starts what is missing.
 #
 # Environment, all optional: S3_ACCESS_KEY, S3_SECRET_KEY, S3_DISK_BYTES (fixed at the first start), CEPH_SUITE (Debian
-# releases, the first that can be had wins), DEBIAN_MIRROR, DEBIAN_KEYRING.
+# releases, the first that can be had wins), and those of debian.sh.
 set -euo pipefail
 
 CACHE=${XDG_CACHE_HOME:-$HOME/.cache}/brickyard
@@ -35,24 +35,11 @@ run() { # PROGRAM ARGUMENTS: by the loader and the libraries of its own release
 }
 ceph() { PYTHONHOME=$PREFIX/usr run python3 "$PREFIX/usr/bin/ceph" --conf "$CONF" "$@"; }
 
-unpack() { # SUITE: its packages into the prefix, with an apt that knows neither this host's packages nor its settings
-    local suite=$1 apt=$CACHE/ceph.apt package options
-    # shellcheck disable=SC2016  # the $ is apt's
-    local mirror=${DEBIAN_MIRROR:-$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' | grep -m 1 '/debian/*$')}
-    local keyring=${DEBIAN_KEYRING:-/usr/share/keyrings/debian-archive-keyring.gpg}
-    [ -n "$mirror" ] || { echo "apt knows no Debian mirror: give DEBIAN_MIRROR" >&2; return 1; }
-    rm -rf "$apt" "$PREFIX"
-    mkdir -p "$PREFIX" "$apt"/etc/apt/{apt.conf.d,preferences.d,trusted.gpg.d} "$apt"/var/lib/dpkg \
-        "$apt"/var/lib/apt/lists/partial "$apt"/var/cache/apt/archives/partial
-    : >"$apt/var/lib/dpkg/status"
-    echo "deb [signed-by=$keyring] $mirror $suite main" >"$apt/etc/apt/sources.list"
-    options=(-q -o "Dir=$apt" -o "Dir::State::status=$apt/var/lib/dpkg/status" -o Dir::Etc::sourceparts=-
-        -o Acquire::Languages=none -o Acquire::Retries=3 -o APT::Architecture=amd64 -o "APT::Sandbox::User=$(id -un)")
-    apt-get "${options[@]}" update || return 1
-    apt-get "${options[@]}" install -y --download-only --no-install-recommends radosgw ceph-mon ceph-osd ceph-common \
-        || return 1
-    for package in "$apt"/var/cache/apt/archives/*.deb; do dpkg -x "$package" "$PREFIX" || return 1; done
-    rm -rf "$apt" "${PREFIX:?}"/{etc,var} "${PREFIX:?}"/usr/{share,libexec,sbin,include,games} "$PREFIX/usr/lib/systemd"
+unpack() { # SUITE: its packages into the prefix
+    rm -rf "$PREFIX"
+    DEBIAN_ARCH=amd64 "$(dirname "${BASH_SOURCE[0]}")/debian.sh" whole "$1" "$PREFIX" radosgw ceph-mon ceph-osd \
+        ceph-common || return 1
+    rm -rf "${PREFIX:?}"/{etc,var} "${PREFIX:?}"/usr/{share,libexec,sbin,include,games} "$PREFIX/usr/lib/systemd"
     run radosgw --version >"$PREFIX/version" || return 1
     PYTHONHOME=$PREFIX/usr run python3 -c 'import rados, ceph_argparse' || return 1
     touch "$PREFIX/complete"
