@@ -17,7 +17,7 @@ import tyro
 from pipelines.errors import ConfigurationError, DataError, TryAgainError, ours
 from pipelines.invocation import LEAVE_WITH, Invocation
 from pipelines.plain import file_as_flags, to_yaml
-from pipelines.redaction import guarded, redacted_in, shows_secret
+from pipelines.redaction import before_secret, guarded, redacted_in
 
 J = TypeVar("J")
 DONE, FAILED, BAD_CONFIGURATION, BAD_DATA, TRY_AGAIN, INTERRUPTED = 0, 1, 2, 3, 75, 130
@@ -75,11 +75,12 @@ def _refuse_secrets(argv: list[str]) -> None:
     for word in argv:
         if word.startswith("--"):
             flag = word.partition("=")[0]
-        if shows_secret(word):
+        if before := before_secret(word):
             raise ConfigurationError(
-                f"{flag} holds a password, a token or a signature, and settings are printed, kept and recorded: give "
-                "the address alone, and the credentials where its client looks for them, such as AWS_ACCESS_KEY_ID "
-                "and AWS_SECRET_ACCESS_KEY, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+                f"{flag} holds a password, a token or a signature, by what follows {before!r}, and settings are "
+                "printed, kept and recorded: give the address alone, and the credentials where its client looks for "
+                "them, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD; a folder that only looks like one needs another name"
             )
 
 

@@ -1,6 +1,6 @@
 """What a job says has no secret in it: passwords and signatures by their form, what the environment holds by its value.
 
-A job that is asked for something with a secret in it does not begin (:func:`shows_secret`): settings are printed, kept
+A job that is asked for something with a secret in it does not begin (:func:`before_secret`): settings are printed, kept
 and recorded. What others may still say, such as a server that repeats the header of a request in its error, is made
 harmless where it leaves the process (:func:`guarded`), whoever says it: our log, a traceback, Ray, MLflow.
 """
@@ -67,9 +67,14 @@ def redacted_in(value: Any) -> Any:
     return [redacted_in(one) for one in value] if isinstance(value, list | tuple) else value
 
 
-def shows_secret(text: str) -> bool:
-    """Whether a text has the form of one with a secret in it, such as an address with a password or a signature."""
-    return any(form.sub(harmless, text) != text for form, harmless in _FORMS)
+def before_secret(text: str) -> str:
+    """Return what stands before a secret in a text, such as ``https://`` or ``token=``; nothing if it has the form of
+    none."""
+    for form, harmless in _FORMS:
+        found = form.search(text)
+        if found and form.sub(harmless, text) != text:
+            return found[1]
+    return ""
 
 
 @contextlib.contextmanager

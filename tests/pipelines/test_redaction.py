@@ -12,7 +12,7 @@ import pytest
 
 from pipelines.firing import RECORD, fire
 from pipelines.firing_config import FiringConfig
-from pipelines.redaction import LEAST, guarded, redacted, redacted_in, shows_secret
+from pipelines.redaction import LEAST, before_secret, guarded, redacted, redacted_in
 from pipelines.slots import folder_name, instant
 from pipelines.storage import Folder
 from tests.webhook import Webhook
@@ -61,7 +61,7 @@ def nothing_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 )  # fmt: skip
 def test_a_secret_is_known_by_its_form(said: str, harmless: str) -> None:
     assert redacted(said) == redacted(redacted(said)) == harmless
-    assert shows_secret(said)
+    assert before_secret(said)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_a_secret_is_known_by_its_form(said: str, harmless: str) -> None:
 def test_a_secret_is_known_by_the_word_before_it(said: str, harmless: str) -> None:
     """Where it is said; a setting may have such words in its text."""
     assert redacted(said) == redacted(redacted(said)) == harmless
-    assert not shows_secret(said)
+    assert not before_secret(said)
 
 
 def test_words_about_secrets_stay() -> None:
@@ -97,7 +97,7 @@ def test_words_about_secrets_stay() -> None:
 )  # fmt: skip
 def test_what_is_no_secret_is_left_as_it_is(said: str) -> None:
     assert redacted(said) == said
-    assert not shows_secret(said)
+    assert not before_secret(said)
 
 
 @pytest.mark.parametrize(
