@@ -7,7 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,29 +16,13 @@ import pytest
 import yaml
 
 from jobs.cli import parse
-from jobs.sample import SampleJob
 from pipelines.firing_config import FiringConfig
+from pipelines.sample_config import SampleJob
 from tests.processes import CODE
 
 CRONTAB = CODE / "infra/schedule/crontab"
 CRONJOB = CODE / "infra/kubernetes/base/sample-cronjob.yaml"
 RAYCRONJOB = CODE / "infra/kubernetes/sample-raycronjob.yaml"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Firing:
-    """What of the job the files set."""
-
-    out: str
-    """Where."""
-    checkpoint: str
-    """Of what."""
-    seeds: str
-    """Which."""
-    firing: FiringConfig = field(default_factory=FiringConfig)
-
-
-JOB: Any = SampleJob if "firing" in {one.name for one in fields(SampleJob)} else Firing
 
 
 @pytest.fixture
@@ -88,10 +72,10 @@ def as_a_pod(fake: Path) -> list[str]:
     return asked(said["command"], {one["name"]: one["value"] for one in said["env"]}, fake)
 
 
-def job_of(words: list[str]) -> Any:
+def job_of(words: list[str]) -> SampleJob:
     """What a job makes of its command line."""
     assert words[:3] == ["python", "-m", "jobs.sample"]
-    return parse(JOB, {}, words[3:]).job
+    return parse(SampleJob, {}, words[3:]).job
 
 
 def test_cron_and_kubernetes_run_one_command_and_the_job_knows_its_flags(ray_that_notes: Path, tmp_path: Path) -> None:
