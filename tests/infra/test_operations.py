@@ -38,11 +38,13 @@ class Keeper:
 
     def __init__(self, folder: Path, yard: Folder, patch: pytest.MonkeyPatch) -> None:
         self.folder, self.yard, self.patch = folder, yard, patch
+        self.artifacts = yard / "artifacts"
         (folder / "infra").symlink_to(CODE / "infra")
         port = free_ports(2)
         self.where = [str(folder / "mlflow"), str(port)]
         patch.setenv("HOME", str(folder))
         patch.delenv("XDG_CACHE_HOME", raising=False)
+        patch.setenv("MLFLOW_ARTIFACTS", self.artifacts.url)
         patch.setenv("MLFLOW_BIN", str(Path(sys.executable).parent / "mlflow"))
         patch.setenv("PATH", f"{Path(sys.executable).parent}:{self.do('echo $PATH').strip()}")
         told = {"DATA": self.where[0], "PORT": port, "PGHOST": "127.0.0.1", "PGPORT": port + 1, "PGUSER": "mlflow",
@@ -52,7 +54,8 @@ class Keeper:
 
     def do(self, words: str, code: int = 0) -> str:
         """Run words of the guide as they are pasted, with the folders of this test in them."""
-        words = words.replace("s3://bucket", self.yard.url).replace("s3://backup", f"{self.yard.url}/backup")
+        for told, ours in {"bucket": self.yard, "backup": self.yard / "backup", "mlflow": self.artifacts}.items():
+            words = words.replace(f"s3://{told}", ours.url)
         done = subprocess.run(["bash"], input=words, cwd=self.folder, capture_output=True, text=True, check=False)
         assert done.returncode == code, done.stderr[-3000:]
         return done.stdout + done.stderr
@@ -101,18 +104,25 @@ def test_back_up_lose_restore_and_renew_the_password(keeper: Keeper, monkeypatch
         client.create_model_version("digits", f"models:/{model.model_id}", run, model_id=model.model_id)
         client.set_registered_model_alias("digits", "champion", "1")
 
-        keeper.do(recipe("pg_dump"))
+        (keeper.yard / "samples").put("part-000000.parquet", b"pixels")
+        back_up = recipe("copy() {") + recipe("pg_dump")
+        keeper.do(back_up)
         dumped = (keeper.folder / "backup/users.dump").read_bytes()
         monkeypatch.setenv("PGPORT", "1")
-        keeper.do(recipe("pg_dump"), code=1)
+        keeper.do(back_up, code=1)
         assert (keeper.folder / "backup/users.dump").read_bytes() == dumped, "a good one outlives one that fails"
         monkeypatch.setenv("PGPORT", str(int(keeper.where[1]) + 1))
         keeper.do(recipe("pg_restore"), code=1)  # into one that is at work
         assert client.get_run(run).info.lifecycle_stage == "active"
         keeper.do(f"{SERVER} wipe $DATA $PORT")
+        for lost in ("yard", "samples", "artifacts"):
+            (keeper.yard / lost).delete()
+            assert not (keeper.yard / lost).find()
+        keeper.do(recipe("copy() {") + recipe("copy s3://backup/mlflow"))
         keeper.do(recipe("pg_restore"))
-        found = checkpoints.newest(keeper.yard / "backup/yard/runs/digits")
+        found = checkpoints.newest(home)
         assert found and found[1].position == 128
+        assert (keeper.yard / "samples").get("part-000000.parquet") == b"pixels"
         assert [(point.step, point.value) for point in client.get_metric_history(run, "loss")] == [(10, 0.5)]
         assert Path(client.download_artifacts(run, "config.yaml")).read_text() == "seed: 0"
         assert client.get_model_version_by_alias("digits", "champion").run_id == run
@@ -195,6 +205,6 @@ def test_a_run_is_deleted_and_nothing_else(keeper: Keeper) -> None:
         assert keeper.bin() == {*binned, run, model}, "none of it is 30 days old"
         keeper.do(recipe("mlflow gc").replace("30d", "0d"))
         assert keeper.bin() == set() and client.get_run(bystander).info.lifecycle_stage == "active"
-        assert not [one for one in Folder("s3://mlflow").find() if run in one.name], "its files are gone as well"
+        assert not [one for one in keeper.artifacts.find() if run in one.name], "its files are gone as well"
     finally:
         keeper.do(f"{SERVER} wipe $DATA $PORT")
