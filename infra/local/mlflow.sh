@@ -38,7 +38,9 @@ find_programs() {
     MLFLOW=${MLFLOW_BIN:-$HOME_OF_CODE/.venv/bin/mlflow}
     [ -x "$MLFLOW" ] || MLFLOW=$(command -v mlflow) || fail "there is no mlflow: pip install -e '.[server]', or give MLFLOW_BIN"
     POSTGRES=${POSTGRES_BIN:-}
-    for candidate in /usr/lib/postgresql/*/bin "$(dirname "$(command -v initdb || true)")"; do
+    # The version that has made the data, else the newest.
+    for candidate in /usr/lib/postgresql/"$(cat "$DATA/postgres/PG_VERSION" 2>/dev/null)"/bin \
+        $(printf '%s\n' /usr/lib/postgresql/*/bin | sort -Vr) "$(dirname "$(command -v initdb || true)")"; do
         [ -n "$POSTGRES" ] || { [ -x "$candidate/initdb" ] && POSTGRES=$candidate; }
     done
     [ -n "$POSTGRES" ] || fail "there is no PostgreSQL: apt-get install postgresql, or give POSTGRES_BIN, the folder of initdb"
@@ -72,8 +74,12 @@ await() { # CONDITION NAME: until it holds, while the process lives
     tail -n 15 "$LOG/$2.out" >&2
     fail "$2 did not come up; see $LOG"
 }
+vacant() { # PORT: nobody may listen there but whom we start, or their answers would be taken for ours
+    if (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; then fail "port $1 is another's: end that, or give another PORT"; fi
+}
 takes_queries() { "$POSTGRES/pg_isready" -q -h 127.0.0.1 -p $((PORT + 1)) -U mlflow -d postgres; }
-answers() {
+answers() { # one of ours: any other would be told our password
+    server_alive || return 1
     # By its standard input: what stands on a command line everybody on this machine can read.
     # shellcheck disable=SC2001  # of two characters
     printf 'user = "%s"\n' "$(sed 's/[\\"]/\\&/g' <<<"$ADMIN:$PASSWORD")" \
@@ -83,6 +89,8 @@ answers() {
 up() {
     local name python
     python=$(dirname "$MLFLOW")/python
+    postgres_alive || vacant $((PORT + 1))
+    server_alive || vacant "$PORT"
     mkdir -p "$LOG"
     PASSWORD=${PASSWORD:-$(secret)}
     (umask 077; echo "$PASSWORD" >"$DATA/password")
@@ -151,22 +159,29 @@ show() {
     printf 'export MLFLOW_TRACKING_USERNAME=%q MLFLOW_TRACKING_PASSWORD=%q\n' "$ADMIN" "$PASSWORD"
 }
 
+alone() { # COMMAND…: while no other works on the same folder
+    (flock 9; "$@") 9>"$DATA/lock"
+}
+wipe() {
+    stop
+    rm -rf "$DATA"
+}
+
 case $COMMAND in
     check) find_programs ;;
     up)
         find_programs
         mkdir -p "$DATA"
-        (flock 9; up) 9>"$DATA/lock"
+        alone up
         PASSWORD=$(cat "$DATA/password")
         show
         ;;
-    stop) stop ;;
+    stop) [ ! -e "$DATA/postgres.secret" ] || alone stop ;;
     status) if answers; then echo healthy; else echo down; exit 1; fi ;;
     env) show ;;
     wipe)
-        stop
         [ ! -e "$DATA" ] || [ -e "$DATA/postgres.secret" ] || fail "$DATA is not one of ours: it stays"
-        rm -rf "$DATA"
+        [ ! -e "$DATA" ] || alone wipe
         ;;
     *) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"; exit 2 ;;
 esac

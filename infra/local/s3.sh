@@ -20,7 +20,8 @@ CACHE=${XDG_CACHE_HOME:-$HOME/.cache}/brickyard
 COMMAND=${1:-} DATA=$(realpath -m "${2:-$CACHE/s3}") PORT=${3:-9000}
 PREFIX=$CACHE/ceph LIB=$CACHE/ceph/usr/lib/x86_64-linux-gnu
 CONF=$DATA/ceph.conf LOG=$DATA/log
-RUN=${TMPDIR:-/tmp}/brickyard-s3.$(id -u).$PORT # short: the name of a unix socket has at most 107 bytes
+# For sockets, whose names have at most 107 bytes; where it was at the first start, whatever TMPDIR says later.
+RUN=$(cat "$DATA/run" 2>/dev/null || echo "${TMPDIR:-/tmp}/brickyard-s3.$(id -u).$PORT")
 ACCESS_KEY=${S3_ACCESS_KEY:-brickyard} SECRET_KEY=${S3_SECRET_KEY:-brickyard-secret} REGION=us-east-1
 export CEPH_ARGS="" CEPH_CONF=$CONF PYTHONDONTWRITEBYTECODE=1
 unset LD_PRELOAD LD_LIBRARY_PATH PYTHONPATH PYTHONHOME
@@ -59,7 +60,10 @@ fetch() {
 # --- the cluster ------------------------------------------------------------------------------------------------------
 
 configure() {
-    mkdir -p "$RUN" "$LOG" "$DATA"/{crash,rgw}
+    (umask 077; mkdir -p "$RUN")
+    [ -O "$RUN" ] && [ ! -L "$RUN" ] || fail "$RUN is another's: give another TMPDIR"
+    mkdir -p "$LOG" "$DATA"/{crash,rgw}
+    echo "$RUN" >"$DATA/run"
     [ -s "$DATA/fsid" ] || cat /proc/sys/kernel/random/uuid >"$DATA/fsid"
     cat >"$CONF" <<END
 [global]
@@ -131,7 +135,7 @@ rgw_gc_processor_max_time = 60
 END
 }
 
-pid_of() { cat "$RUN/$1.pid" 2>/dev/null; }
+pid_of() { cat "$DATA/$1.pid" 2>/dev/null; }
 
 alive() { # NAME: a process of ours, neither a zombie nor another that got its number
     local pid; pid=$(pid_of "$1") && tr '\0' ' ' 2>/dev/null <"/proc/$pid/cmdline" | grep -qF -- "--conf $CONF "
@@ -142,13 +146,13 @@ spawn() { # NAME PROGRAM ARGUMENTS; 9 is the lock, which must not outlive us
     alive "$name" && return 0
     setsid "$LIB/ld-linux-x86-64.so.2" --library-path "$LIB:$LIB/ceph" "$PREFIX/usr/bin/$program" \
         --conf "$CONF" -f "$@" >>"$LOG/$name.out" 2>&1 </dev/null 9>&- &
-    echo $! >"$RUN/$name.pid"
+    echo $! >"$DATA/$name.pid"
 }
 
 disk_is_up() { ceph --admin-daemon "$RUN/osd.0.asok" status 2>/dev/null | grep -q '"state": "active"'; }
 listens() { curl -s -o /dev/null -m 2 "http://127.0.0.1:$PORT/"; }
-healthy() { # the answer to a signed request, by a gateway that knows our user
-    curl -fs -o /dev/null -m 3 --aws-sigv4 "aws:amz:$REGION:s3" -u "$ACCESS_KEY:$SECRET_KEY" \
+healthy() { # the answer to a signed request, by a gateway that is ours and knows our user
+    alive rgw && curl -fs -o /dev/null -m 3 --aws-sigv4 "aws:amz:$REGION:s3" -u "$ACCESS_KEY:$SECRET_KEY" \
         -H "x-amz-content-sha256: $(printf '' | sha256sum | cut -d ' ' -f 1)" "http://127.0.0.1:$PORT/"
 }
 
@@ -185,6 +189,7 @@ make_user() {
 }
 
 up() {
+    alive rgw || ! listens || fail "port $PORT is another's, whose answers would be taken for ours: give another"
     configure
     cmp -s "$PREFIX/version" "$DATA/version" || [ ! -e "$DATA/version" ] \
         || fail "$DATA was made by another version of Ceph: wipe it, or give another folder"
@@ -210,13 +215,21 @@ stop() {
             for _ in $(seq 100); do alive "$name" || break; sleep 0.1; done
             if alive "$name"; then kill -KILL "$pid"; fi
         fi
-        rm -f "$RUN/$name.pid"
+        rm -f "$DATA/$name.pid"
     done
 }
 
 show() {
     echo "export AWS_ENDPOINT_URL=http://127.0.0.1:$PORT AWS_REGION=$REGION AWS_DEFAULT_REGION=$REGION"
     printf 'export AWS_ACCESS_KEY_ID=%q AWS_SECRET_ACCESS_KEY=%q\n' "$ACCESS_KEY" "$SECRET_KEY"
+}
+
+alone() { # COMMAND…: while no other works on the same folder
+    (flock 9; "$@") 9>"$DATA/lock"
+}
+wipe() {
+    stop
+    rm -rf "$DATA" "$RUN"
 }
 
 case $COMMAND in
@@ -227,16 +240,15 @@ case $COMMAND in
         ulimit -n 65536 2>/dev/null || ulimit -n "$(ulimit -Hn)"
         mkdir -p "$CACHE" "$DATA"
         (flock 9; fetch) 9>"$CACHE/ceph.lock"
-        (flock 9; up) 9>"$DATA/lock"
+        alone up
         show
         ;;
-    stop) stop ;;
+    stop) [ ! -e "$DATA/fsid" ] || alone stop ;;
     status) if healthy; then echo healthy; else echo down; exit 1; fi ;;
     env) show ;;
     wipe)
-        stop
         [ ! -e "$DATA" ] || [ -e "$DATA/fsid" ] || fail "$DATA is not one of ours: it stays"
-        rm -rf "$DATA" "$RUN"
+        [ ! -e "$DATA" ] || alone wipe
         ;;
     *) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"; exit 2 ;;
 esac

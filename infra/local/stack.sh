@@ -38,7 +38,8 @@ for name in "${!SETTINGS[@]}"; do
 done
 NET=${SETTINGS[STACK_NET]} PORT=${SETTINGS[RAY_PORT]} DASHBOARD=${SETTINGS[DASHBOARD_PORT]}
 S3=("$DATA/s3" "${SETTINGS[S3_PORT]}") MLFLOW=("$DATA/mlflow" "${SETTINGS[MLFLOW_PORT]}")
-RUN=${TMPDIR:-/tmp}/brickyard-ray.$(id -u).$PORT # short: the name of a unix socket has at most 107 bytes
+# For sockets, whose names have at most 107 bytes; where it was at the first start, whatever TMPDIR says later.
+RUN=$(cat "$DATA/run" 2>/dev/null || echo "${TMPDIR:-/tmp}/brickyard-ray.$(id -u).$PORT")
 
 secret() { # NAME: it, made up at the first time
     [ -s "$DATA/$1" ] || (umask 077; head -c 32 /dev/urandom | sha256sum | cut -d ' ' -f 1 >"$DATA/$1")
@@ -144,9 +145,8 @@ show() {
 }
 OTHERS=(AWS_SESSION_TOKEN AWS_PROFILE AWS_ENDPOINT_URL_S3 MLFLOW_TRACKING_TOKEN RAY_AUTH_TOKEN RAY_ADDRESS) # would be heard first
 
-vacant() { # FILE NAME PORT…: unless it is our own, whose file is there, nobody may listen: it would be taken for ours
-    local port file=$1 name=$2; shift 2
-    [ ! -e "$file" ] || return 0
+vacant() { # NAME PORT…: nobody may listen there, since it would be taken for ours
+    local port name=$1; shift
     for port in "$@"; do
         if (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
             fail "port $port is another's: end that, or give another $name"
@@ -154,18 +154,23 @@ vacant() { # FILE NAME PORT…: unless it is our own, whose file is there, nobod
     done
 }
 
+runs() { kill -0 "$(cat "$1" 2>/dev/null)" 2>/dev/null; } # FILE: with the number of a process
+
 up() {
     local node name said several=$1
     mkdir -p "$DATA/log"
     secret ray-token >/dev/null # it also says that the folder is ours
+    # Before anything is started. What we have there ourselves, or is left of it, is seen to further below.
+    runs "$DATA/s3/rgw.pid" || vacant S3_PORT "${S3[1]}"
     # shellcheck disable=SC2046  # several
-    vacant "${TMPDIR:-/tmp}/brickyard-s3.$(id -u).${S3[1]}/rgw.pid" S3_PORT $(seq "${S3[1]}" $((S3[1] + 12)))
-    vacant "$DATA/mlflow/server.pid" MLFLOW_PORT "${MLFLOW[1]}" $((MLFLOW[1] + 1))
-    vacant "$DATA/node-1.pid" RAY_PORT "$PORT" $((PORT + 1))
-    for node in $(seq "$several"); do
-        [ -n "$(of_node "$node")" ] || vacant "$DATA/node-$node.pid" RAY_PORT "$(agent "$node")"
-    done
-    vacant "$DATA/node-1.pid" DASHBOARD_PORT "$DASHBOARD"
+    runs "$DATA/s3/mon.pid" || runs "$DATA/s3/osd.pid" || vacant S3_PORT $(seq $((S3[1] + 1)) $((S3[1] + 12)))
+    runs "$DATA/mlflow/server.pid" || vacant MLFLOW_PORT "${MLFLOW[1]}"
+    runs "$DATA/mlflow/postgres.pid" || vacant MLFLOW_PORT $((MLFLOW[1] + 1))
+    if [ -z "$(of_node 1)" ]; then vacant RAY_PORT "$PORT" $((PORT + 1)); vacant DASHBOARD_PORT "$DASHBOARD"; fi
+    for node in $(seq "$several"); do [ -n "$(of_node "$node")" ] || vacant RAY_PORT "$(agent "$node")"; done
+    (umask 077; mkdir -p "$RUN")
+    [ -O "$RUN" ] && [ ! -L "$RUN" ] || fail "$RUN is another's: give another TMPDIR"
+    echo "$RUN" >"$DATA/run"
     mkdir -p "$DATA/settings"
     for name in "${!SETTINGS[@]}"; do echo "${SETTINGS[$name]}" >"$DATA/settings/$name"; done
     unset "${OTHERS[@]}"

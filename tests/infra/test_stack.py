@@ -241,6 +241,18 @@ def test_a_port_of_another_is_not_taken_for_ours(stack: Stack, tmp_path: Path) -
         assert not (tmp_path / "s" / "s3").exists(), "it is said before anything is begun"
 
 
+def test_nor_by_the_scripts_of_one_server(stack: Stack, tmp_path: Path) -> None:
+    """Which would have told it a password of ours."""
+    for script, port in (("mlflow.sh", "MLFLOW_PORT"), ("s3.sh", "S3_PORT")):
+        where = str(tmp_path / script), str(stack.ports[port])
+        status = stack.run(script, "status", *where)
+        assert (status.returncode, status.stdout) == (1, "down\n")
+        done = stack.run(script, "up", *where)
+        assert done.returncode == 1 and f"port {where[1]} is another's" in done.stderr
+        assert stack.run(script, "stop", *where).returncode == 0
+        assert [path.name for path in (tmp_path / script).iterdir()] == ["lock"]
+
+
 def test_what_was_begun_with_other_ports_is_left_alone(stack: Stack) -> None:
     elsewhere = Stack(stack.data, stack.asked | {"RAY_PORT": "6379"}, {})
     for command in (["down"], ["stack.sh", "wipe"], ["up"]):
@@ -271,8 +283,9 @@ def test_of_a_node_whose_first_process_was_killed_nothing_is_left(stack: Stack) 
     assert not before & set(stack.processes(3)) and stack.processes(3)
 
 
-def test_it_ends_without_a_trace(stack: Stack) -> None:
+def test_it_ends_without_a_trace(stack: Stack, tmp_path: Path) -> None:
     """The last of this file: afterwards there is none of it."""
+    stack.asked["TMPDIR"] = str(tmp_path)  # the shell that ends it is another
     (stack.data / "node-2.pid").unlink()  # as if `up` had been interrupted before it was written
     assert stack.processes(), "a check that finds nothing while it runs would find nothing afterwards either"
     assert stack.run("down").returncode == 0
