@@ -10,6 +10,7 @@ that is said. Then pip asks the registries that it is set up with for each pin, 
 there (a project in quarantine offers nothing) or that was yanked fails. What is wrong is told, and the exit code is 1.
 """
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -41,16 +42,22 @@ def advisories(file: Path, service: list[str]) -> tuple[dict[str, Any] | None, s
 
 
 def knows(service: list[str]) -> bool:
-    """Whether a service has advisories at all."""
+    """Whether a service has advisories at all; why not is printed."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "known.txt"
         file.write_text(f"{KNOWN}\n")
-        report, _ = advisories(file, service)
-    return bool(report and any(one.get("vulns") for one in report["dependencies"]))
+        report, words = advisories(file, service)
+    known = bool(report and any(one.get("vulns") for one in report["dependencies"]))
+    if not known:
+        said = "it calls that one clean" if report else (words.strip().splitlines() or ["nothing"])[-1]
+        print(f"of no use: {' '.join(service)}: {said}")
+    return known
 
 
 def vulnerable(file: Path, services: list[list[str]]) -> list[str]:
     """Return what is wrong with the pins of a file by the first service that knows anything."""
+    if importlib.util.find_spec("pip_audit") is None:
+        return ["pip-audit is not here, so nothing was audited: pip install -e '.[test]'"]
     service = next((one for one in services if knows(one)), None)
     if service is None:
         print(

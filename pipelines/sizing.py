@@ -35,13 +35,14 @@ def size(job: TrainJob, view: View, classes: int, images: int, image_bytes: int 
         image_bytes: of one as it is read, if that is known.
     """
     memory, parameters = memory_per_worker(job, view, classes)
-    config, workers = job.sizing, job.scaling.workers
+    config, workers, price = job.sizing, job.scaling.workers, job.sizing.price_per_hour
     by, of_one = "sizing.images_per_s_per_worker", config.images_per_s_per_worker
     if config.measure_steps:
         by = f"measured: {config.measure_steps} steps of one worker on this machine"
         of_one = measure(job, view, classes)
     rate = of_one * workers * (1 - job.fit.idle_share(workers))
     hours = images / rate / 3600 if rate else None
+    worker_hours = hours * workers if hours is not None else None
     return {
         "parameters": parameters,
         "memory_per_worker": memory,
@@ -52,8 +53,8 @@ def size(job: TrainJob, view: View, classes: int, images: int, image_bytes: int 
         "data_images_per_s": _rounded(rate or None),
         "data_mb_per_s": _rounded(rate * image_bytes / 1e6 if rate and image_bytes else None),
         "hours": _rounded(hours),
-        "worker_hours": _rounded(hours * workers if hours is not None else None),
-        "cost": _rounded(hours * workers * config.price_per_hour if hours is not None else None),
+        "worker_hours": _rounded(worker_hours),
+        "cost": _rounded(worker_hours * price if worker_hours is not None and price else None),
     }
 
 

@@ -15,7 +15,7 @@ class SizingConfig:
     measure_steps: int = 0
     """Steps of one worker, on made-up images, that a dry run times on this machine to find that out; 0: none."""
     price_per_hour: float = 0.0
-    """Price of a worker's hour, such as that of a GPU with its share of the machine, in any currency."""
+    """Price of a worker's hour, such as that of a GPU with its share of the machine, in any currency; 0: not known."""
 
     def __post_init__(self) -> None:
         for name in ("images_per_s_per_worker", "measure_steps", "price_per_hour"):

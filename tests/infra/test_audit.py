@@ -130,7 +130,16 @@ def test_who_knows_of_nothing_is_not_believed(service: str, registry: Registry, 
     registry.yanked["slab==2.0"] = True
     code, said = audit(registry, tmp_path, service="http://127.0.0.1:1/v1/query" if service == "away" else "")
     assert "NOT AUDITED for known vulnerabilities" in said and "audited for known vulnerabilities: " not in said
+    assert ("it calls that one clean" if service == "empty" else "refused") in said.splitlines()[0]
     assert code == 1 and "slab 2.0 was yanked" in said
+
+
+def test_without_pip_audit_it_fails(tmp_path: Path) -> None:
+    """By a Python that knows of no packages."""
+    (tmp_path / "pins.txt").write_text(CLEAN)
+    command = [sys.executable, "-S", INFRA / "audit.py", tmp_path / "pins.txt"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "WRONG: pip-audit is not here" in done.stdout
 
 
 @pytest.mark.parametrize("reason", [True, "it eats files"])

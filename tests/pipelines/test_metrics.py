@@ -201,7 +201,7 @@ def test_the_names_are_as_prometheus_wants_them(
     # How Ray spells the labels that it adds is its own matter.
     promtool("check", "metrics", given=re.sub(r'\w+="', lambda label: label[0].lower(), ours))
     (tags,) = {tuple(sorted(re.findall(r'(\w+)="', line))) for line in ours.splitlines() if not line.startswith("#")}
-    assert "run" in tags and not any("brickyard" in tag for tag in tags) and len(tags) < 10
+    assert {"run", "WorkerId"} <= {*tags} and not any("brickyard" in tag for tag in tags) and len(tags) < 10
 
 
 @pytest.mark.ray
