@@ -96,22 +96,6 @@ def drain() -> Any:
     return module
 
 
-@pytest.fixture
-def ray_that_notes(tmp_path: Path) -> Path:
-    """A folder to be on the PATH, whose `ray` fails as many times as the file `refusals` says."""
-    fake = tmp_path / "bin" / "ray"
-    fake.parent.mkdir()
-    (tmp_path / "refusals").write_text("0")
-    fake.write_text(
-        f"#!{sys.executable}\nimport json, pathlib, sys\nfolder = pathlib.Path({str(tmp_path)!r})\n"
-        "open(folder / 'asked', 'a').write(json.dumps(sys.argv[1:]) + '\\n')\n"
-        "left = int((folder / 'refusals').read_text())\n"
-        "(folder / 'refusals').write_text(str(max(0, left - 1)))\nsys.exit(bool(left))\n"
-    )
-    fake.chmod(0o755)
-    return fake.parent
-
-
 Watching = Callable[..., subprocess.Popen[str]]
 
 
@@ -134,7 +118,7 @@ def watching(imds: Service, ray_that_notes: Path) -> Iterator[Watching]:
 
 
 def asked(fake: Path) -> list[list[str]]:
-    return [json.loads(line) for line in (fake.parent / "asked").read_text().splitlines()]
+    return [json.loads(line)[1:] for line in (fake.parent / "asked").read_text().splitlines()]
 
 
 def test_it_drains_when_the_notice_comes_and_not_before(

@@ -15,18 +15,13 @@ from jobs.cli import parse
 from jobs.presets import PRESETS
 from pipelines.config import TrainJob
 from tests.infra.kuberay import check
-from tests.infra.tools import INFRA, KUBERNETES, built, find, mappings, pods, run
+from tests.infra.tools import INFRA, KUBERNETES, OVERLAYS, find, mappings, overlay, pods, run
 
-OVERLAYS = sorted(path.parent.name for path in KUBERNETES.glob("overlays/*/kustomization.yaml"))
 TRAINING = [name for name in OVERLAYS if name.endswith("-train")]
 ALONE = KUBERNETES / "sample-raycronjob.yaml"
 FREE = {"labels", "data", "matchLabels", "selector", "annotations", "nodeSelector", "clusterSelector"}
 FREE |= {"limits", "requests", "rayStartParams"}  # which have tests of their own below
 """Mappings whose keys are anybody's."""
-
-
-def overlay(name: str) -> list[dict[str, Any]]:
-    return built(f"overlays/{name}")
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
