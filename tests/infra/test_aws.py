@@ -2,10 +2,13 @@
 
 import copy
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import botocore.session
@@ -18,6 +21,12 @@ from ray._private.label_utils import validate_node_label_syntax, validate_node_l
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start
 
+from jobs.cli import parse
+from jobs.presets import PRESETS
+from pipelines.config import TrainJob
+from pipelines.mlflow_door import check_trusted
+from pipelines.storage import Folder
+from pipelines.tracking import resolve_uri
 from tests.infra.tools import INFRA
 
 AWS = INFRA / "aws"
@@ -122,6 +131,25 @@ def test_every_node_asks_for_the_token_and_looks_out_for_the_notice() -> None:
     assert CLUSTER["file_mounts"]["/home/ray/.ray/auth_token"] == "~/.ray/auth_token", "where Ray looks for it"
     (watcher,) = [command for command in commands if "brickyard-drain" in command]
     assert watcher in CLUSTER["worker_start_ray_commands"] and "--watch" in watcher and watcher.endswith("&")
+
+
+def test_the_command_at_the_head_of_the_file_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the job reads it, in the environment of a node: the server is known, and may be sent the password there."""
+    (command,) = re.findall(r"#  +(python jobs/train\.py (?:.*\\\n)*.*)", (AWS / "cluster.yaml").read_text())
+    job = parse(TrainJob, PRESETS, shlex.split(re.sub(r"\\\n#", "", command))[2:]).job
+    options = shlex.split(" ".join(CLUSTER["docker"]["run_options"]))
+    given = dict(word.split("=", 1) for option, word in pairwise(options) if option == "-e")
+    assert all("run_options" not in node.get("docker", {}) for node in TYPES.values()), "they would replace these"
+    for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
+        monkeypatch.delenv(name)
+    for name, value in ({"HOME": str(tmp_path)} | given).items():
+        monkeypatch.setenv(name, value)
+    (file,) = [path for path in CLUSTER["file_mounts"] if path.endswith("/.mlflow/credentials")]
+    (tmp_path / ".mlflow").mkdir()
+    (tmp_path / ".mlflow" / Path(file).name).touch()
+    uri = resolve_uri(job.tracking, Folder(job.root))
+    assert uri.startswith("http")
+    check_trusted(uri)
 
 
 def actions(statement: dict[str, Any]) -> list[str]:
