@@ -134,8 +134,8 @@ def main() -> int:
     def drain_in(seconds: int, why: str) -> bool:
         try:
             address, node = (said.address, said.node_id) if said.address and said.node_id else this_node()
-        except (ConnectionError, ImportError, RuntimeError) as error:
-            log.warning("no node of a cluster runs here: %s", error)
+        except Exception as error:  # Ray's own errors have no kind in common, and a busy cluster is to be asked again
+            log.warning("no node of a cluster answers here: %r", error)
             return False
         return drain(said.address or address, said.node_id or node, seconds, why)
 

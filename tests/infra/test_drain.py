@@ -167,6 +167,29 @@ def test_a_cluster_that_does_not_take_it_is_asked_again(
     assert len(asked(ray_that_notes)) == 3
 
 
+def test_an_error_of_rays_own_does_not_end_the_watch(
+    imds: Service, ray_that_notes: Path, drain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cluster that is busy in the minute of the notice."""
+    from ray.exceptions import RpcError
+
+    answers = iter([RpcError("busy"), ("head:6379", NODE)])
+
+    def this_node() -> tuple[str, str]:
+        if isinstance(answer := next(answers), Exception):
+            raise answer
+        return answer
+
+    imds.announce(120)
+    monkeypatch.setattr(drain, "this_node", this_node)
+    monkeypatch.setattr(sys, "argv", [str(DRAIN), "--watch", "--every=0.05"])
+    monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", imds.url)
+    monkeypatch.setenv("PATH", str(ray_that_notes))
+    assert drain.main() == 0
+    (command,) = asked(ray_that_notes)
+    assert command[:3] == ["drain-node", "--address=head:6379", f"--node-id={NODE}"]
+
+
 def test_a_recommendation_counts_if_it_is_to(imds: Service, ray_that_notes: Path, watching: Watching) -> None:
     imds.said[ADVICE] = json.dumps({"noticeTime": "2026-11-26T08:22:00Z"})
     assert watching("--rebalance=600").wait(timeout=60) == 0
