@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -261,6 +262,15 @@ def test_told_to_without_ray_it_says_so(tmp_path: Path) -> None:
         env={"PATH": str(tmp_path)}, check=False, timeout=60, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 1 and "`ray` cannot be run" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_head_that_has_gone_keeps_no_pod() -> None:
+    """Ray itself would look for it long after the pod's time is over."""
+    done = subprocess.run(
+        [sys.executable, DRAIN, "--seconds=9"], env=os.environ | {"RAY_ADDRESS": "127.0.0.1:9"}, check=False,
+        timeout=60, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGALRM, done.stderr
 
 
 @pytest.mark.ray
