@@ -227,6 +227,7 @@ def _policies(name: str) -> list[dict[str, Any]]:
         ("default", RAY, 8265, False),
         ("default", MLFLOW, 5000, False),
         (RAY, "1.2.3.4", 443, True),
+        (RAY, "192.168.49.2", 8443, True),  # minikube's API
         (RAY, "1.2.3.4", 80, False),
         (RAY, "169.254.169.254", 443, False),
         (RAY, "kube-system", 53, True),
