@@ -13,6 +13,9 @@ from tests.processes import CODE
 
 INFRA = CODE / "infra"
 KUBERNETES = INFRA / "kubernetes"
+AWS = INFRA / "aws"
+CLUSTER = yaml.safe_load((AWS / "cluster.yaml").read_text())
+TYPES = CLUSTER["available_node_types"]
 BIN = Path(sys.executable).parent
 OVERLAYS = sorted(path.parent.name for path in KUBERNETES.glob("overlays/*/kustomization.yaml"))
 
