@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from policy_sentry.querying.actions import get_action_data
 
-from tests.infra.tools import AWS, CLUSTER, TYPES
+from tests.infra.tools import AWS, CLUSTER, TYPES, overlay
 
 POLICIES = {path.stem: json.loads(path.read_text()) for path in sorted((AWS / "iam").glob("*.json"))}
+TRUSTS = {path.stem: json.loads(path.read_text()) for path in sorted((AWS / "iam/trust").glob("*.json"))}
 
 
 def actions(statement: dict[str, Any]) -> list[str]:
@@ -155,3 +156,65 @@ def test_the_head_may_start_its_workers(name: str) -> None:
     assert TYPES[name]["node_config"]["IamInstanceProfile"] == {"Name": "brickyard-node"}
     image = TYPES[name]["node_config"]["ImageId"].removeprefix("resolve:ssm:")
     assert may("head", "ssm:GetParameters", f"arn:aws:ssm:{CLUSTER['provider']['region']}::parameter{image}")
+
+
+def takers(trust: dict[str, Any]) -> list[str]:
+    """Who may take a role, for a document that says so in one of the two forms that are meant here."""
+    assert set(trust) == {"Version", "Statement"} and trust["Version"] == "2012-10-17"
+    found = []
+    for statement in trust["Statement"]:
+        assert statement["Effect"] == "Allow" and re.fullmatch(r"\w+", statement["Sid"])
+        ((kind, principal),) = statement["Principal"].items()
+        service, _, action = statement["Action"].partition(":")
+        assert get_action_data(service, action)
+        rest = set(statement) - {"Sid", "Effect", "Principal", "Action"}
+        if kind == "Service":
+            assert action == "AssumeRole" and not rest
+            found.append(principal)
+            continue
+        assert (kind, action, rest) == ("Federated", "AssumeRoleWithWebIdentity", {"Condition"})
+        region, account = CLUSTER["provider"]["region"], "111122223333"
+        arn = rf"arn:aws:iam::{account}:oidc-provider/(oidc\.eks\.{region}\.amazonaws\.com/id/[0-9A-F]{{32}})"
+        (provider,) = re.findall(f"^{arn}$", principal)
+        assert list(statement["Condition"]) == ["StringEquals"]
+        equal = dict(statement["Condition"]["StringEquals"])
+        found.append(equal.pop(f"{provider}:sub"))
+        assert equal == {f"{provider}:aud": "sts.amazonaws.com"}
+    return found
+
+
+def test_instances_take_the_roles_of_instances() -> None:
+    assert takers(TRUSTS["ec2"]) == ["ec2.amazonaws.com"]
+
+
+def test_a_service_account_takes_its_role_on_eks_and_no_other() -> None:
+    """None of the roles of instances: these hold other policies, and the head may hand them to instances."""
+    expected = {}
+    for one in overlay("eks"):
+        if one["kind"] == "ServiceAccount":
+            role = one["metadata"]["annotations"]["eks.amazonaws.com/role-arn"]
+            account = f"system:serviceaccount:{one['metadata']['namespace']}:{one['metadata']['name']}"
+            expected[role.removeprefix("arn:aws:iam::111122223333:role/")] = [account]
+    assert len(expected) == 2
+    assert expected == {name: takers(trust) for name, trust in TRUSTS.items() if name != "ec2"}
+    assert not set(expected) & {node["node_config"]["IamInstanceProfile"]["Name"] for node in TYPES.values()}
+
+
+@pytest.mark.parametrize(
+    ("right", "typo"),
+    [
+        (":sub", ":subject"),
+        (":aud", ":audience"),
+        ("AssumeRoleWithWebIdentity", "AssumeRoleWithWebIdentities"),
+        ("StringEquals", "StringLike"),
+        ("Federated", "Service"),
+        ("oidc-provider", "oidc-providers"),
+        ("DEF:", "DEE:"),
+        ('"Condition"', '"Conditions"'),
+    ],
+)
+def test_a_typo_in_a_trust_is_caught(right: str, typo: str) -> None:
+    text = json.dumps(TRUSTS["brickyard-eks"])
+    assert right in text
+    with pytest.raises((AssertionError, KeyError, ValueError)):
+        takers(json.loads(text.replace(right, typo)))
