@@ -156,6 +156,20 @@ def test_training_is_tried_again_on_a_cluster_like_the_other(name: str) -> None:
     assert not asked.scaling.use_gpu or asked.scaling.workers <= gpus
 
 
+def test_the_recipe_brings_what_the_pods_on_a_laptop_need() -> None:
+    """No registry has these images, and nobody else fills that bucket: both are said before the job is begun."""
+    recipe = (INFRA / "README.md").read_text().split("## On Kubernetes")[1].split("overlays/laptop-train ")[0]
+    resources = overlay("laptop-train")
+    images = {one["image"] for _, pod in pods(resources) for one in pod["containers"]}
+    ours = {image for image in images if image.endswith(":local")}
+    (loaded,) = re.findall(r"kind load docker-image (.+?)  ", recipe)
+    assert ours == set(loaded.split()) == set(re.findall(r"docker build .* -t (\S+) \.", recipe))
+    (port,) = find(resources, "Service", "s3")["spec"]["ports"]
+    assert f"port-forward service/s3 {port['port']} &" in recipe and f"http://127.0.0.1:{port['port']}" in recipe
+    runtime = yaml.safe_load(find(resources, "RayJob", "brickyard-train")["spec"]["runtimeEnvYAML"])
+    assert f"s3 cp brickyard.zip {runtime['working_dir']}" in recipe
+
+
 # Who may speak to whom, by the rules of NetworkPolicy: what policies select may do what one of them allows, no more.
 RAY = {"app.kubernetes.io/name": "brickyard", "app.kubernetes.io/component": "ray"}
 SAMPLES, SUBMITTER = (RAY | {"app.kubernetes.io/component": name} for name in ("samples", "submitter"))
