@@ -154,6 +154,23 @@ def s3(s3_server: str) -> "Folder":
     return Folder(f"s3://yard/{uuid.uuid4().hex}")
 
 
+@pytest.fixture
+def ray_that_notes(tmp_path: Path) -> Path:
+    """A folder to be on the PATH, whose `ray` writes where it is started and what it is asked into the file `asked`
+    beside it, and fails as many times as the file `refusals` says."""
+    fake = tmp_path / "bin" / "ray"
+    fake.parent.mkdir()
+    (tmp_path / "refusals").write_text("0")
+    fake.write_text(
+        f"#!{sys.executable}\nimport json, os, pathlib, sys\nfolder = pathlib.Path({str(tmp_path)!r})\n"
+        "open(folder / 'asked', 'a').write(json.dumps([os.getcwd(), *sys.argv[1:]]) + '\\n')\n"
+        "left = int((folder / 'refusals').read_text())\n"
+        "(folder / 'refusals').write_text(str(max(0, left - 1)))\nsys.exit(bool(left))\n"
+    )
+    fake.chmod(0o755)
+    return fake.parent
+
+
 @pytest.fixture(scope="session")
 def digits() -> tuple[np.ndarray, np.ndarray]:
     """The 1,797 digits as uint8 [n, 8, 8, 1], and their labels."""

@@ -6,7 +6,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,19 +22,6 @@ from tests.processes import CODE
 CRONTAB = CODE / "infra/schedule/crontab"
 CRONJOB = CODE / "infra/kubernetes/base/sample-cronjob.yaml"
 RAYCRONJOB = CODE / "infra/kubernetes/sample-raycronjob.yaml"
-
-
-@pytest.fixture
-def ray_that_notes(tmp_path: Path) -> Path:
-    """A folder to be on the PATH."""
-    fake = tmp_path / "bin" / "ray"
-    fake.parent.mkdir()
-    fake.write_text(
-        f"#!{sys.executable}\nimport json, os, sys\n"
-        f"open({str(tmp_path / 'asked')!r}, 'a').write(json.dumps([os.getcwd(), *sys.argv[1:]]) + '\\n')\n"
-    )
-    fake.chmod(0o755)
-    return fake.parent
 
 
 def crontab() -> tuple[dict[str, str], str, str]:

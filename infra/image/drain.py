@@ -2,9 +2,10 @@
 """Tell Ray that this node will be taken away, so that training writes a checkpoint and goes on without it.
 
 ``brickyard-drain --seconds 90`` tells it now, and stays until those have passed or Ray has left: Kubernetes runs it
-before it ends a pod. ``brickyard-drain --watch`` runs beside a node on AWS and waits until the metadata of the instance
-(IMDSv2) have a notice that this spot instance is interrupted, two minutes ahead; with ``--rebalance 600`` also for the
-recommendation to leave, which may come earlier or without an interruption, and drains with so many seconds.
+before it ends a pod. Where no cluster answers within 30 s, its head may have gone first: SIGALRM ends it.
+``brickyard-drain --watch`` runs beside a node on AWS and waits until the metadata of the instance (IMDSv2) have a
+notice that this spot instance is interrupted, two minutes ahead; with ``--rebalance 600`` also for the recommendation
+to leave, which may come earlier or without an interruption, and drains with so many seconds.
 
 It needs nothing but Ray and the standard library, and is part of the image, not of the code that travels.
 """
@@ -15,6 +16,7 @@ import http.client
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -26,8 +28,9 @@ from pathlib import Path
 
 IMDS = "http://169.254.169.254"
 NOTICE, ADVICE = "spot/instance-action", "events/recommendations/rebalance"
-SHORTEST_S, TOKEN_S = 1, 21_600
-"""The least that a node is given, and for how long a token of the metadata service is asked for."""
+SHORTEST_S, TOKEN_S, PATIENCE_S = 1, 21_600, 30
+"""The least that a node is given; for how long a token of the metadata service is asked for; and how long a cluster may
+take to answer before a pod ends."""
 
 log = logging.getLogger("brickyard.drain")
 
@@ -134,8 +137,8 @@ def main() -> int:
     def drain_in(seconds: int, why: str) -> bool:
         try:
             address, node = (said.address, said.node_id) if said.address and said.node_id else this_node()
-        except (ConnectionError, ImportError, RuntimeError) as error:
-            log.warning("no node of a cluster runs here: %s", error)
+        except Exception as error:  # Ray's own errors have no kind in common, and a busy cluster is to be asked again
+            log.warning("no node of a cluster answers here: %r", error)
             return False
         return drain(said.address or address, said.node_id or node, seconds, why)
 
@@ -144,8 +147,11 @@ def main() -> int:
         watch(metadata, said.every, said.rebalance, drain_in)
         return 0
     end = time.monotonic() + said.seconds
+    # For a quarter of an hour Ray looks for a head that has gone, in C++: only a signal that nobody handles ends it.
+    signal.alarm(max(1, min(said.seconds, PATIENCE_S)))
     if not drain_in(said.seconds, f"this node ends in {said.seconds} s"):
         return 1
+    signal.alarm(0)
     while raylet_runs() and time.monotonic() < end:
         time.sleep(1)
     return 0

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -96,22 +97,6 @@ def drain() -> Any:
     return module
 
 
-@pytest.fixture
-def ray_that_notes(tmp_path: Path) -> Path:
-    """A folder to be on the PATH, whose `ray` fails as many times as the file `refusals` says."""
-    fake = tmp_path / "bin" / "ray"
-    fake.parent.mkdir()
-    (tmp_path / "refusals").write_text("0")
-    fake.write_text(
-        f"#!{sys.executable}\nimport json, pathlib, sys\nfolder = pathlib.Path({str(tmp_path)!r})\n"
-        "open(folder / 'asked', 'a').write(json.dumps(sys.argv[1:]) + '\\n')\n"
-        "left = int((folder / 'refusals').read_text())\n"
-        "(folder / 'refusals').write_text(str(max(0, left - 1)))\nsys.exit(bool(left))\n"
-    )
-    fake.chmod(0o755)
-    return fake.parent
-
-
 Watching = Callable[..., subprocess.Popen[str]]
 
 
@@ -134,7 +119,7 @@ def watching(imds: Service, ray_that_notes: Path) -> Iterator[Watching]:
 
 
 def asked(fake: Path) -> list[list[str]]:
-    return [json.loads(line) for line in (fake.parent / "asked").read_text().splitlines()]
+    return [json.loads(line)[1:] for line in (fake.parent / "asked").read_text().splitlines()]
 
 
 def test_it_drains_when_the_notice_comes_and_not_before(
@@ -181,6 +166,29 @@ def test_a_cluster_that_does_not_take_it_is_asked_again(
     imds.announce(120)
     assert watching().wait(timeout=60) == 0
     assert len(asked(ray_that_notes)) == 3
+
+
+def test_an_error_of_rays_own_does_not_end_the_watch(
+    imds: Service, ray_that_notes: Path, drain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cluster that is busy in the minute of the notice."""
+    from ray.exceptions import RpcError
+
+    answers = iter([RpcError("busy"), ("head:6379", NODE)])
+
+    def this_node() -> tuple[str, str]:
+        if isinstance(answer := next(answers), Exception):
+            raise answer
+        return answer
+
+    imds.announce(120)
+    monkeypatch.setattr(drain, "this_node", this_node)
+    monkeypatch.setattr(sys, "argv", [str(DRAIN), "--watch", "--every=0.05"])
+    monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", imds.url)
+    monkeypatch.setenv("PATH", str(ray_that_notes))
+    assert drain.main() == 0
+    (command,) = asked(ray_that_notes)
+    assert command[:3] == ["drain-node", "--address=head:6379", f"--node-id={NODE}"]
 
 
 def test_a_recommendation_counts_if_it_is_to(imds: Service, ray_that_notes: Path, watching: Watching) -> None:
@@ -254,6 +262,15 @@ def test_told_to_without_ray_it_says_so(tmp_path: Path) -> None:
         env={"PATH": str(tmp_path)}, check=False, timeout=60, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 1 and "`ray` cannot be run" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_head_that_has_gone_keeps_no_pod() -> None:
+    """Ray itself would look for it long after the pod's time is over."""
+    done = subprocess.run(
+        [sys.executable, DRAIN, "--seconds=9"], env=os.environ | {"RAY_ADDRESS": "127.0.0.1:9"}, check=False,
+        timeout=60, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGALRM, done.stderr
 
 
 @pytest.mark.ray

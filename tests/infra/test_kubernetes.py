@@ -15,18 +15,13 @@ from jobs.cli import parse
 from jobs.presets import PRESETS
 from pipelines.config import TrainJob
 from tests.infra.kuberay import check
-from tests.infra.tools import INFRA, KUBERNETES, built, find, mappings, pods, run
+from tests.infra.tools import INFRA, KUBERNETES, OVERLAYS, find, mappings, overlay, pods, run
 
-OVERLAYS = sorted(path.parent.name for path in KUBERNETES.glob("overlays/*/kustomization.yaml"))
 TRAINING = [name for name in OVERLAYS if name.endswith("-train")]
 ALONE = KUBERNETES / "sample-raycronjob.yaml"
 FREE = {"labels", "data", "matchLabels", "selector", "annotations", "nodeSelector", "clusterSelector"}
 FREE |= {"limits", "requests", "rayStartParams"}  # which have tests of their own below
 """Mappings whose keys are anybody's."""
-
-
-def overlay(name: str) -> list[dict[str, Any]]:
-    return built(f"overlays/{name}")
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
@@ -161,6 +156,20 @@ def test_training_is_tried_again_on_a_cluster_like_the_other(name: str) -> None:
     assert not asked.scaling.use_gpu or asked.scaling.workers <= gpus
 
 
+def test_the_recipe_brings_what_the_pods_on_a_laptop_need() -> None:
+    """No registry has these images, and nobody else fills that bucket: both are said before the job is begun."""
+    recipe = (INFRA / "README.md").read_text().split("## On Kubernetes")[1].split("overlays/laptop-train ")[0]
+    resources = overlay("laptop-train")
+    images = {one["image"] for _, pod in pods(resources) for one in pod["containers"]}
+    ours = {image for image in images if image.endswith(":local")}
+    (loaded,) = re.findall(r"kind load docker-image (.+?)  ", recipe)
+    assert ours == set(loaded.split()) == set(re.findall(r"docker build .* -t (\S+) \.", recipe))
+    (port,) = find(resources, "Service", "s3")["spec"]["ports"]
+    assert f"port-forward service/s3 {port['port']} &" in recipe and f"http://127.0.0.1:{port['port']}" in recipe
+    runtime = yaml.safe_load(find(resources, "RayJob", "brickyard-train")["spec"]["runtimeEnvYAML"])
+    assert f"s3 cp brickyard.zip {runtime['working_dir']}" in recipe
+
+
 # Who may speak to whom, by the rules of NetworkPolicy: what policies select may do what one of them allows, no more.
 RAY = {"app.kubernetes.io/name": "brickyard", "app.kubernetes.io/component": "ray"}
 SAMPLES, SUBMITTER = (RAY | {"app.kubernetes.io/component": name} for name in ("samples", "submitter"))
@@ -232,6 +241,7 @@ def _policies(name: str) -> list[dict[str, Any]]:
         ("default", RAY, 8265, False),
         ("default", MLFLOW, 5000, False),
         (RAY, "1.2.3.4", 443, True),
+        (RAY, "192.168.49.2", 8443, True),  # minikube's API
         (RAY, "1.2.3.4", 80, False),
         (RAY, "169.254.169.254", 443, False),
         (RAY, "kube-system", 53, True),

@@ -13,14 +13,9 @@ import pytest
 import yaml
 from ray.autoscaler._private.kuberay.node_provider import IN_CLUSTER_CA_CERT_PATH, IN_CLUSTER_TOKEN_PATH
 
-from tests.infra.tools import BIN, INFRA, KUBERNETES, built, find, mappings, pods
+from tests.infra.tools import BIN, INFRA, OVERLAYS, find, mappings, overlay, pods
 
-OVERLAYS = sorted(path.parent.name for path in KUBERNETES.glob("overlays/*/kustomization.yaml"))
 README = (INFRA / "README.md").read_text()
-
-
-def overlay(name: str) -> list[dict[str, Any]]:
-    return built(f"overlays/{name}")
 
 
 def clusters(name: str) -> list[dict[str, Any]]:

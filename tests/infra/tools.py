@@ -13,7 +13,11 @@ from tests.processes import CODE
 
 INFRA = CODE / "infra"
 KUBERNETES = INFRA / "kubernetes"
+AWS = INFRA / "aws"
+CLUSTER = yaml.safe_load((AWS / "cluster.yaml").read_text())
+TYPES = CLUSTER["available_node_types"]
 BIN = Path(sys.executable).parent
+OVERLAYS = sorted(path.parent.name for path in KUBERNETES.glob("overlays/*/kustomization.yaml"))
 
 
 def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
@@ -24,15 +28,15 @@ def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 @cache
-def _built(folder: str) -> str:
-    done = run("kubectl", "kustomize", KUBERNETES / folder)
+def _built(name: str) -> str:
+    done = run("kubectl", "kustomize", KUBERNETES / "overlays" / name)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def built(folder: str) -> list[dict[str, Any]]:
-    """What kustomize makes of a folder below infra/kubernetes; it is the caller's to change."""
-    return list(yaml.safe_load_all(_built(folder)))
+def overlay(name: str) -> list[dict[str, Any]]:
+    """What kustomize makes of an overlay; it is the caller's to change."""
+    return list(yaml.safe_load_all(_built(name)))
 
 
 def find(resources: list[dict[str, Any]], kind: str, name: str = "brickyard") -> dict[str, Any]:
