@@ -89,8 +89,8 @@ answers() { # one of ours: any other would be told our password
 up() {
     local name python
     python=$(dirname "$MLFLOW")/python
-    postgres_alive || vacant $((PORT + 1))
     server_alive || vacant "$PORT"
+    postgres_alive || vacant $((PORT + 1))
     mkdir -p "$LOG"
     PASSWORD=${PASSWORD:-$(secret)}
     (umask 077; echo "$PASSWORD" >"$DATA/password")
