@@ -9,19 +9,19 @@ PRESET ?= digits
 FLAGS  ?=
 PORT   ?= 5000
 
-.PHONY: train test test-beside test-rest test-faults lint audit ui up down clean
+.PHONY: train test test-ray test-others test-faults lint audit ui up down clean
 
 train: $(VENV)/.installed  ## real images → trained network → samples → score → pictures
 	$(BIN)/python jobs/train.py $(PRESET) --root $(ROOT) $(FLAGS)
 
 test: $(VENV)/.installed-test  ## the whole suite, in two processes at once
-	$(MAKE) -j2 test-beside test-rest
+	$(MAKE) -j2 test-ray test-others
 
-test-beside: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m beside
+test-ray: $(VENV)/.installed-test  # one cluster at a time
+	$(BIN)/python -m pytest -m ray
 
-test-rest: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not beside"
+test-others: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m "not ray"
 
 test-faults: $(VENV)/.installed-test  ## what docs/faults.md promises: kills, hangs, lost nodes, bad storage
 	$(BIN)/python -m pytest tests/faults tests/jobs/test_road.py tests/jobs/test_s3_road.py \

@@ -29,13 +29,6 @@ settings.register_profile("brickyard", deadline=None, derandomize=True, max_exam
 settings.load_profile("brickyard")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What only computes, or has servers of its own, can run in a process beside the one that starts Ray."""
-    for item in items:
-        if not item.get_closest_marker("ray") and item.path.parent.name in ("models", "infra", "tests"):
-            item.add_marker("beside")
-
-
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
