@@ -61,8 +61,9 @@ class Deadline:
                 if over.is_set():
                     return
                 struck.set()
-                # A signal, not only its exception: it also wakes what waits. Only the main thread can be struck.
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                # A signal, not only its exception: it also wakes what waits. Only the main thread can be struck. It is
+                # not that of Ctrl-C, which is ignored by what a shell has started in the background.
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
             if over.wait(GRACE_S):
                 return
             log.error("the work goes on %g s after its deadline, also when interrupted: the process ends", 2 * GRACE_S)
@@ -71,7 +72,9 @@ class Deadline:
             finally:
                 os._exit(os.EX_TEMPFAIL)
 
-        if threading.current_thread() is threading.main_thread():
+        can_be_struck = threading.current_thread() is threading.main_thread()
+        if can_be_struck:
+            before = signal.signal(signal.SIGALRM, signal.default_int_handler)
             threading.Thread(target=end, name="deadline", daemon=True).start()
         try:
             try:
@@ -83,3 +86,6 @@ class Deadline:
             if struck.is_set():
                 self.check()
             raise
+        finally:
+            if can_be_struck:
+                signal.signal(signal.SIGALRM, before)

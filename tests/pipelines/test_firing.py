@@ -413,13 +413,16 @@ def test_at_the_deadline_the_work_learns_of_it(night: Callable[..., Night]) -> N
 
 @pytest.mark.parametrize("trouble", ["sleeps", "does not listen"])
 def test_work_that_does_not_ask_is_ended(trouble: str, tmp_path: Path) -> None:
+    """Also where Ctrl-C is ignored, as shells have it for what they start in the background."""
     with Webhook() as hook:
         # Twice the grace must pass before the hard end, which is not meant to come to one that sleeps.
         grace_s = 1 if trouble == "does not listen" else 20
         flags = ["--trouble", trouble, f"--grace-s={grace_s}", "--firing.deadline-s", "1", "--firing.attempts", "5"]
         with pytest.MonkeyPatch.context() as context:
             context.setenv("BRICKYARD_ALERT_URL", hook.url)
+            before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a child inherits it
             started = Night(Folder(str(tmp_path)), *flags)
+            signal.signal(signal.SIGINT, before)
         with started as late:
             said = late.end()
     assert said["exit_code"] == late.process.returncode == 75
