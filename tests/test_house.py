@@ -2,14 +2,19 @@
 
 import ast
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from jobs.cli import parse
 from jobs.presets import PRESETS
+from pipelines.config import TrainJob
+from pipelines.sample_config import SampleJob
 
 ROOT = Path(__file__).parents[1]
 JOBS = sorted(path for path in (ROOT / "jobs").glob("*.py") if path.name not in ("__init__.py", "cli.py", "presets.py"))
@@ -104,8 +109,29 @@ def test_help_says_every_setting_and_the_exit_codes(path: Path) -> None:
         assert "--fit.learning-rate" in done.stdout and "Of AdamW, after the warm-up." in done.stdout
 
 
+DOCUMENTS = [ROOT / "README.md", ROOT / "infra" / "README.md", *(ROOT / "docs").glob("*.md")]
+JOBS: dict[str, tuple[Any, Any]] = {"train": (TrainJob, PRESETS), "sample": (SampleJob, {})}
+
+
+def commands() -> Iterator[tuple[str, list[str]]]:
+    """The commands of the documents for these jobs, and their words; those with something left out are none."""
+    for document in DOCUMENTS:
+        for line in re.findall(r"^    (?:[^\n]*\\\n)*[^\n]*$", document.read_text(), re.MULTILINE):
+            found = re.search(r"\bjobs[/.](\w+)(?:\.py)? ([^|;)]*)", line.replace("\\\n", " "))
+            if found and found[1] in JOBS and "…" not in found[2]:
+                yield found[1], shlex.split(found[2], comments=True)
+
+
+def test_the_commands_of_the_documents_are_ones() -> None:
+    """By the jobs' own parsers: unknown flags, and settings that do not go together, are refused."""
+    found = list(commands())
+    for job, words in found:
+        parse(*JOBS[job], [word for word in words if word != "--dry-run"])
+    assert {job for job, _ in found} == {*JOBS} and len(found) > 10
+
+
 def test_what_the_documents_link_to_is_there() -> None:
-    for document in (ROOT / "README.md", ROOT / "infra" / "README.md", *(ROOT / "docs").glob("*.md")):
+    for document in DOCUMENTS:
         links = re.findall(r"\]\(([^)#]+)", document.read_text())
         assert links or document.parent != ROOT
         for link in links:
