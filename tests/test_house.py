@@ -110,7 +110,7 @@ def test_help_says_every_setting_and_the_exit_codes(path: Path) -> None:
 
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "infra" / "README.md", *(ROOT / "docs").glob("*.md")]
-JOBS: dict[str, tuple[Any, Any]] = {"train": (TrainJob, PRESETS), "sample": (SampleJob, {})}
+PARSERS: dict[str, tuple[Any, Any]] = {"train": (TrainJob, PRESETS), "sample": (SampleJob, {})}
 
 
 def commands() -> Iterator[tuple[str, list[str]]]:
@@ -118,7 +118,7 @@ def commands() -> Iterator[tuple[str, list[str]]]:
     for document in DOCUMENTS:
         for line in re.findall(r"^    (?:[^\n]*\\\n)*[^\n]*$", document.read_text(), re.MULTILINE):
             found = re.search(r"\bjobs[/.](\w+)(?:\.py)? ([^|;)]*)", line.replace("\\\n", " "))
-            if found and found[1] in JOBS and "…" not in found[2]:
+            if found and found[1] in PARSERS and "…" not in found[2]:
                 yield found[1], shlex.split(found[2], comments=True)
 
 
@@ -126,8 +126,8 @@ def test_the_commands_of_the_documents_are_ones() -> None:
     """By the jobs' own parsers: unknown flags, and settings that do not go together, are refused."""
     found = list(commands())
     for job, words in found:
-        parse(*JOBS[job], [word for word in words if word != "--dry-run"])
-    assert {job for job, _ in found} == {*JOBS} and len(found) > 10
+        parse(*PARSERS[job], [word for word in words if word != "--dry-run"])
+    assert {job for job, _ in found} == {*PARSERS} and len(found) > 10
 
 
 def test_what_the_documents_link_to_is_there() -> None:
