@@ -421,8 +421,10 @@ def test_work_that_does_not_ask_is_ended(trouble: str, tmp_path: Path) -> None:
         with pytest.MonkeyPatch.context() as context:
             context.setenv("BRICKYARD_ALERT_URL", hook.url)
             before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a child inherits it
-            started = Night(Folder(str(tmp_path)), *flags)
-            signal.signal(signal.SIGINT, before)
+            try:
+                started = Night(Folder(str(tmp_path)), *flags)
+            finally:
+                signal.signal(signal.SIGINT, before)
         with started as late:
             said = late.end()
     assert said["exit_code"] == late.process.returncode == 75
