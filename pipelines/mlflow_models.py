@@ -50,7 +50,7 @@ NOT_THERE = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}
 
 
 uploading = threading.Event()
-"""Set while the files of a model are on their way."""
+"""Set while a model is recorded, which takes many requests and may be large."""
 
 log = logging.getLogger("brickyard.tracking")
 
@@ -77,6 +77,14 @@ def record_data_set(client: MlflowClient, run: Run, data: DataSet) -> None:
 
 def record_model(client: MlflowClient, run: Run, model: Model) -> None:
     """Record a model with its measurements, and register it if it is to be; not if its folder has others by now."""
+    uploading.set()
+    try:
+        _record_model(client, run, model)
+    finally:
+        uploading.clear()
+
+
+def _record_model(client: MlflowClient, run: Run, model: Model) -> None:
     folder = Folder(model.folder)
     if any(Path(name).name != name for name in model.files) or not model.digest:  # it comes out of a file
         log.warning("%s is no model of ours, which is not on record", model.files)
@@ -170,12 +178,8 @@ def _has(metrics: list[Metric], key: str, position: int, value: float) -> Metric
 def _patience(size_bytes: int) -> Iterator[None]:
     """Within this context a request may take as long as so many bytes need: the answer comes when they are stored."""
     allowed_s = int(int(os.environ.get(TIMEOUT, "5")) + size_bytes / BYTES_PER_S)
-    uploading.set()
-    try:
-        with environment({TIMEOUT: str(allowed_s)}):
-            yield
-    finally:
-        uploading.clear()
+    with environment({TIMEOUT: str(allowed_s)}):
+        yield
 
 
 def find_model(client: MlflowClient, run: Run, digest: str) -> LoggedModel | None:

@@ -84,7 +84,7 @@ class MLflowRun:
 
     @property
     def uploading(self) -> bool:
-        """Whether a model is on its way."""
+        """Whether a model is being recorded."""
         return mlflow_models.uploading.is_set()
 
     @property

@@ -45,8 +45,8 @@ if TYPE_CHECKING:
 
 SERVER_PATIENCE_S, FILE_PATIENCE_S = 8.0, 60.0
 """For how long the end of a job waits for a tracker that takes nothing: a server, or a database on this machine."""
-BYTES_PER_S = 1e6
-"""And it waits for one that takes something as long as that would need at this rate."""
+LONGEST_S, BYTES_PER_S = 60.0, 1e6
+"""And for how long it waits for one that takes something, beside what that would need at this rate."""
 MAX_PARAMETER_CHARS, MAX_TAG_CHARS = 6000, 8000
 """What MLflow keeps of a value."""
 
@@ -247,7 +247,7 @@ class SpooledTracker(Tracker):
             self._append(model)
         patience_s = FILE_PATIENCE_S if self._spool.target.uri.startswith("sqlite:") else SERVER_PATIENCE_S
         size += sum(model.size_bytes for model in self._models)
-        self._delivered = self._delivery.finish(patience_s, patience_s + size / BYTES_PER_S)
+        self._delivered = self._delivery.finish(patience_s, LONGEST_S + size / BYTES_PER_S)
         if self._delivered:
             if self._delivery.ended:
                 with suppress(sqlite3.Error):  # another process has its hands on it

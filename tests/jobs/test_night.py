@@ -21,6 +21,7 @@ from pipelines.ingest_plan import IngestConfig, IngestPlan
 from pipelines.lineage import Trained
 from pipelines.read_back import verify
 from pipelines.results import export, record_results
+from pipelines.run_folder import RUN
 from pipelines.sample_set import SUCCESS
 from pipelines.score_config import ScoreJob
 from pipelines.scoring import score_job
@@ -31,6 +32,7 @@ from pipelines.tracking_config import TrackingConfig
 from tests.pipelines.committed import committed
 from tests.pipelines.states import TINY
 from tests.processes import CODE, kill, of_this_cluster, wait_for, without_ray
+from tests.server import deliver
 
 pytestmark = [
     pytest.mark.ray,
@@ -74,9 +76,10 @@ def yard(mlflow_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         manifest = ingest(IngestPlan.make(raw, data, IngestConfig(side=8, channels=1, shard_rows=900)))
         digests = []
         for number, name in enumerate(("first", "second")):
-            tracking = TrackingConfig(uri=mlflow_server, experiment="nights", register="nightly")
-            job = replace(DIGITS, root=root.url, name=name, network=NetworkConfig(unet=TINY), tracking=tracking)
-            tracker = open_tracker(tracking, root, job.run, name, f"nights-{name}", {}, {})
+            config = TrackingConfig(uri=mlflow_server, experiment="nights", register="nightly")
+            job = replace(DIGITS, root=root.url, name=name, network=NetworkConfig(unet=TINY), tracking=config)
+            job.run.put(RUN, json.dumps({"id": f"nights-{name}"}).encode())
+            tracker = open_tracker(config, root, job.run, name, f"nights-{name}", {}, {})
             more = {
                 "data_digest": manifest.digest, "data_url": data.url, "labels": manifest.labels,
                 "tracking_uri": mlflow_server, "tracking_run": f"nights-{name}",
@@ -86,6 +89,7 @@ def yard(mlflow_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             export(job, trained)
             record_results(job, trained, None, {}, tracker)
             tracker.finish("FINISHED")
+            deliver(job.run, mlflow_server)  # on a busy machine the server may take its time
             digests.append(trained.digest)
         client(mlflow_server).set_registered_model_alias("nightly", "champion", "1")
         yield Yard(cluster.address, mlflow_server, root / "samples", digests[0])

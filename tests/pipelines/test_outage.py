@@ -7,16 +7,19 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from pipelines import tracking
+from pipelines.entries import Entry
 from pipelines.errors import TryAgainError
+from pipelines.mlflow_run import MLflowRun
 from pipelines.replay import ReplayJob, dry_run, replay
 from pipelines.run_folder import count_start
 from pipelines.storage import Folder
@@ -175,6 +178,34 @@ def test_whatever_the_server_does_whenever(
     if tracker.see.startswith("http"):
         its_id = yard.run().info.run_id
         assert tracker.tracker_id == its_id and tracker.see.endswith(f"/runs/{its_id}?workflowType=machine_learning")
+
+
+@pytest.mark.parametrize(("entry_s", "waits_for_all"), [(5, True), (7, False)])
+def test_the_end_waits_for_a_server_that_is_slow_but_no_more_than_a_minute(
+    yard: Yard, entry_s: int, waits_for_all: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By a clock that each entry moves on: ten of them are taken within 50 s, or not within 60."""
+    clock, take = SimpleNamespace(now=0.0, monotonic=lambda: clock.now), MLflowRun.take
+
+    def slowly(recipient: MLflowRun, entries: Sequence[Entry]) -> None:
+        assert tracker._delivery._closing.wait(timeout=60)
+        take(recipient, entries)
+        clock.now += entry_s
+        if clock.now > 60:
+            assert tracker._delivery._left.wait(timeout=60)
+
+    monkeypatch.setattr("pipelines.delivery.time", clock)
+    monkeypatch.setattr(tracking, "SERVER_PATIENCE_S", 8.0)
+    with monkeypatch.context() as context:
+        context.setattr(MLflowRun, "take", slowly)
+        tracker = yard.start()
+        for number in range(7):  # after its beginning and its settings, and before its end
+            tracker.file(f"{number}.txt", b"")
+        tracker.finish("FINISHED")
+    assert ("has not taken all" in caplog.text) is not waits_for_all
+    assert (yard.replay() == 0) is waits_for_all
+    assert clock.now == 10 * entry_s if waits_for_all else 63
+    assert yard.run().info.status == "FINISHED" and len(yard.client.list_artifacts(yard.run().info.run_id)) == 7
 
 
 def test_the_next_start_delivers_what_was_left_and_then_its_own(yard: Yard) -> None:
