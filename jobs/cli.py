@@ -77,9 +77,9 @@ def _refuse_secrets(argv: list[str]) -> None:
             flag = word.partition("=")[0]
         if before := before_secret(word):
             raise ConfigurationError(
-                f"{flag} holds a password, a token or a signature, by what follows {before!r}, and settings are "
-                "printed, kept and recorded: give the address alone, and the credentials where its client looks for "
-                "them, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or MLFLOW_TRACKING_USERNAME and "
+                f"{flag} holds a password, a token or a signature, judging by what follows {before!r}, and settings "
+                "are printed, kept and recorded: give the address alone, and the credentials where its client looks "
+                "for them, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or MLFLOW_TRACKING_USERNAME and "
                 "MLFLOW_TRACKING_PASSWORD; a folder that only looks like one needs another name"
             )
 

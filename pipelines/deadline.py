@@ -87,5 +87,6 @@ class Deadline:
                 self.check()
             raise
         finally:
+            over.set()  # also where an interrupt came before the one above, or the process would be ended later
             if can_be_struck:
-                signal.signal(signal.SIGALRM, before)
+                signal.signal(signal.SIGALRM, before or signal.SIG_DFL)

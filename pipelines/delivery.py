@@ -30,8 +30,8 @@ class Recipient(Protocol):
     """A tracker."""
 
     @property
-    def uploading(self) -> bool:
-        """Whether it takes something large right now."""
+    def recording_model(self) -> bool:
+        """Whether it takes a model right now, which may be large."""
 
     def take(self, entries: Sequence[Entry]) -> None:
         """Record entries: one, or several metrics. To take the same once more changes nothing.
@@ -76,7 +76,7 @@ class Delivery:
         """Wait until all is delivered, but not when nothing was for a while. Return whether all is.
 
         Args:
-            patience_s: for how long nothing may be delivered, unless something large is on its way.
+            patience_s: for how long nothing may be delivered, unless a model is being recorded.
             longest_s: for how long to wait in all.
         """
         began = time.monotonic()
@@ -84,7 +84,7 @@ class Delivery:
         self._spool.filled.set()
         while self._thread.is_alive():
             now = time.monotonic()
-            stands_still = now - max(began, self._progress) > patience_s and not self._recipient.uploading
+            stands_still = now - max(began, self._progress) > patience_s and not self._recipient.recording_model
             if stands_still or now - began > longest_s:
                 break
             self._thread.join(timeout=0.05)

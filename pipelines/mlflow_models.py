@@ -49,7 +49,7 @@ NOT_THERE = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}
 """What MLflow says of a registered model, or of an alias, that there is not."""
 
 
-uploading = threading.Event()
+recording_model = threading.Event()
 """Set while a model is recorded, which takes many requests and may be large."""
 
 log = logging.getLogger("brickyard.tracking")
@@ -77,11 +77,11 @@ def record_data_set(client: MlflowClient, run: Run, data: DataSet) -> None:
 
 def record_model(client: MlflowClient, run: Run, model: Model) -> None:
     """Record a model with its measurements, and register it if it is to be; not if its folder has others by now."""
-    uploading.set()
+    recording_model.set()
     try:
         _record_model(client, run, model)
     finally:
-        uploading.clear()
+        recording_model.clear()
 
 
 def _record_model(client: MlflowClient, run: Run, model: Model) -> None:

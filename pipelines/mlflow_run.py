@@ -83,9 +83,9 @@ class MLflowRun:
         self._said: set[str] = set()
 
     @property
-    def uploading(self) -> bool:
+    def recording_model(self) -> bool:
         """Whether a model is being recorded."""
-        return mlflow_models.uploading.is_set()
+        return mlflow_models.recording_model.is_set()
 
     @property
     def url(self) -> str:

@@ -220,8 +220,8 @@ class Validator:
         # itself the last in line for good, is used once.
         task = ray.remote(num_cpus=0, num_gpus=int(on_gpu), max_calls=1)(measure)
         running = task.remote(checkpoint, images, on_gpu)
-        # One that is given up is left to the end of the job. To cancel it would be to die if it ended just then: where
-        # a task is cancelled when its result is there already, but Ray is not done with it, Ray 2.60 ends this process.
+        # Never cancel it: Ray 2.60 aborts this process if a task is cancelled just after it has finished. A measurement
+        # that is given up ends with the job.
         try:
             while not ray.wait([running], timeout=LOOK_S)[0]:
                 if self._given_up.is_set():

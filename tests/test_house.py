@@ -109,7 +109,12 @@ def test_help_says_every_setting_and_the_exit_codes(path: Path) -> None:
         assert "--fit.learning-rate" in done.stdout and "Of AdamW, after the warm-up." in done.stdout
 
 
-DOCUMENTS = [ROOT / "README.md", ROOT / "infra" / "README.md", *(ROOT / "docs").glob("*.md")]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "infra" / "README.md",
+    ROOT / "benchmarks" / "README.md",
+    *(ROOT / "docs").glob("*.md"),
+]
 PARSERS: dict[str, tuple[Any, Any]] = {"train": (TrainJob, PRESETS), "sample": (SampleJob, {})}
 
 
@@ -131,8 +136,13 @@ def test_the_commands_of_the_documents_are_ones() -> None:
 
 
 def test_what_the_documents_link_to_is_there() -> None:
+    """Files, and headings in them by GitHub's way of naming them."""
     for document in DOCUMENTS:
-        links = re.findall(r"\]\(([^)#]+)", document.read_text())
+        links = re.findall(r"\]\((?!https://)([^)#]*)#?([^)]*)\)", document.read_text())
         assert links or document.parent != ROOT
-        for link in links:
-            assert link.startswith("https://") or (document.parent / link).exists(), f"{document.name}: {link}"
+        for path, heading in links:
+            target = document.parent / path if path else document
+            assert target.exists(), f"{document.name}: {path}"
+            headings = re.findall(r"(?m)^#+ (.*)$", target.read_text()) if heading else []
+            names = [re.sub(r"[^\w -]", "", words.lower()).replace(" ", "-") for words in headings]
+            assert not heading or heading in names, f"{document.name}: {path}#{heading}"

@@ -4,8 +4,25 @@ import re
 
 from tests.processes import CODE
 
-WANTED = {*range(1, 6), *range(7, 11), 13, 15, 22, 23, 24, 26, 27}
-"""Of the faults that a run is to survive, those of training and of its record."""
+WANTED = (
+    "a worker dies",
+    "the driver dies",
+    "a node is about to be taken away",
+    "fewer workers, and more",
+    "another number of workers",
+    "storage fails while images are read",
+    "killed while a checkpoint is uploaded",
+    "a checkpoint that is damaged",
+    "storage fails while a checkpoint is written",
+    "MLflow is away",
+    "the disk is full",
+    "a worker stands still",
+    "a gradient that is not finite",
+    "fewer images than a batch",
+    "SIGTERM",
+    "the controller of Ray Train dies",
+)
+"""What a run is to survive: none of these may be struck from the table."""
 
 
 def lines() -> list[str]:
@@ -27,14 +44,11 @@ def test_each_line_of_the_table_has_its_tests() -> None:
             assert f"def {test}(" in (CODE / path).read_text(), f"{path}::{test}"
 
 
-def test_the_table_has_all_faults_and_no_others() -> None:
-    found: set[int] = set()
-    for line in lines():
-        numbers = re.match(r"\| (\d+(?:, \d+)*) [^|\d]", line)
-        assert numbers, f"no number: {line}"
-        found |= {int(number) for number in numbers[1].split(", ")}
-    assert found >= WANTED
-    assert found <= set(range(1, 28)), "there are 27"
+def test_the_table_has_all_faults() -> None:
+    told = [line.split("|")[1].strip() for line in lines()]
+    assert len(set(told)) == len(told)
+    for fault in WANTED:
+        assert any(line.startswith(fault) for line in told), fault
 
 
 def test_make_test_faults_runs_all_that_the_table_names() -> None:

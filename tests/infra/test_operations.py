@@ -105,6 +105,8 @@ def test_back_up_lose_restore_and_renew_the_password(keeper: Keeper, monkeypatch
         client.set_registered_model_alias("digits", "champion", "1")
 
         (keeper.yard / "samples").put("part-000000.parquet", b"pixels")
+        home.put("goes-on-at", b"older")
+        keeper.do(recipe("copy() {") + "copy s3://bucket/samples s3://a-bucket-that-was-not-made/samples", code=1)
         back_up = recipe("copy() {") + recipe("pg_dump")
         keeper.do(back_up)
         dumped = (keeper.folder / "backup/users.dump").read_bytes()
@@ -118,7 +120,9 @@ def test_back_up_lose_restore_and_renew_the_password(keeper: Keeper, monkeypatch
         for lost in ("yard", "samples", "artifacts"):
             (keeper.yard / lost).delete()
             assert not (keeper.yard / lost).find()
+        home.put("goes-on-at", b"newer")
         keeper.do(recipe("copy() {") + recipe("copy s3://backup/mlflow"))
+        assert home.get("goes-on-at") == b"newer", "what is there is newer than its copy"
         keeper.do(recipe("pg_restore"))
         found = checkpoints.newest(home)
         assert found and found[1].position == 128

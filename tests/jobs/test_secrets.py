@@ -137,7 +137,7 @@ def test_a_setting_with_a_secret_is_refused_before_it_is_printed_or_kept(
     out, err = capfd.readouterr()
     assert "s3cret" not in out + err
     error = json.loads(out)["error"]
-    assert error.startswith(f"{flag} holds a password, a token or a signature, by what follows {before!r}")
+    assert error.startswith(f"{flag} holds a password, a token or a signature, judging by what follows {before!r}")
     assert set(tmp_path.iterdir()) == there
 
 

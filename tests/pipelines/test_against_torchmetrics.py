@@ -136,7 +136,7 @@ def test_the_distance_of_pictures_that_others_prepared(
     channels: int,
     folder: Folder,
 ) -> None:
-    """From pixels to the score, with settings as the README says them; and other settings give another score."""
+    """From pixels to the score, with settings as docs/scores.md says them; and other settings give another score."""
     network, (a, b) = Network(), (pictures(seed, channels) for seed in range(2))
     prepared = [torch.stack([peer(side)(picture) for picture in several]) for several in (a, b)]
     expected = peers_distance(*prepared, network.layers)

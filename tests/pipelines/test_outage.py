@@ -204,7 +204,7 @@ def test_the_end_waits_for_a_server_that_is_slow_but_no_more_than_a_minute(
         tracker.finish("FINISHED")
     assert ("has not taken all" in caplog.text) is not waits_for_all
     assert (yard.replay() == 0) is waits_for_all
-    assert clock.now == 10 * entry_s if waits_for_all else 63
+    assert clock.now == (10 * entry_s if waits_for_all else 63)
     assert yard.run().info.status == "FINISHED" and len(yard.client.list_artifacts(yard.run().info.run_id)) == 7
 
 
