@@ -30,7 +30,8 @@ from models.network import NetworkConfig, build
 from models.noise import normal
 from models.schedule import article
 from models.unet import UNetConfig
-from pipelines.checkpoints import Checkpoint, commit
+from pipelines.checkpoint_manifest import Checkpoint
+from pipelines.checkpoints import commit
 from pipelines.fit import Listener, fit, new_state
 from pipelines.fit_config import FitConfig
 from pipelines.saver import Saved, Saver

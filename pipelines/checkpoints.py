@@ -8,20 +8,19 @@ revision. torch unpickles the index of such a checkpoint, so nothing is given to
 
 import hashlib
 import io
-import json
 import logging
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 from pipelines import dcp_files, snapshots
+from pipelines.checkpoint_manifest import Checkpoint, parse
 from pipelines.errors import ConfigurationError, DamagedError, DataError, TryAgainError
 from pipelines.fit import State
 from pipelines.storage import Folder
@@ -36,34 +35,6 @@ Content = dict[str, dict[str, Any]]
 """Tensors by name, in groups."""
 
 log = logging.getLogger("brickyard.checkpoints")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """The content of a checkpoint's manifest."""
-
-    position: int
-    """Images seen: where the stream goes on."""
-    files: dict[str, tuple[int, str]]
-    """Size in bytes and sha256 of each file."""
-    config: dict[str, Any]
-    """The resolved configuration of the run, as it is written to YAML."""
-    data_digest: str
-    data_url: str
-    shape: tuple[int, int, int]
-    """Channels, height and width of the images."""
-    labels: list[str]
-    tracking_uri: str
-    tracking_run: str
-    """Our own id of the run, by which it is found in the tracker."""
-    git_revision: str
-    snapshots: list[str] = field(default_factory=list)
-    """Names of the run's power-function averages until here."""
-
-    @property
-    def digest(self) -> str:
-        """The sha256 of the manifest's content; it names these weights in every lineage."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
 def folder_name(position: int) -> str:
@@ -155,7 +126,7 @@ def _close(folder: Folder, manifest: Checkpoint) -> None:
             f"{folder.url} is not the same folder for all workers: {sorted(unseen)} were written and are not there; "
             "give a --root on storage that all nodes share"
         )
-    folder.put(MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
+    folder.put(MANIFEST, manifest.to_json())
 
 
 def _attempt(do: Callable[[], T]) -> T | Exception:
@@ -186,12 +157,9 @@ def read(folder: Folder) -> Checkpoint:
 
     Raises:
         DataError: if there is none, or it is not one.
+        ConfigurationError: if another version of this code wrote it.
     """
-    text = folder.get(MANIFEST)
-    try:
-        return TypeAdapter(Checkpoint).validate_json(text)
-    except ValidationError as error:
-        raise DamagedError(f"{folder.url}/{MANIFEST} is not the manifest of a checkpoint: {error}") from error
+    return parse(folder.get(MANIFEST), f"{folder.url}/{MANIFEST}")
 
 
 def read_verified(folder: Folder) -> Checkpoint:

@@ -24,7 +24,7 @@ from models.interchange import (
 from models.network import NetworkConfig
 from models.objective import ObjectiveConfig, Target
 from models.schedule import Schedule, ScheduleConfig
-from pipelines.checkpoints import Checkpoint
+from pipelines.checkpoint_manifest import Checkpoint
 from pipelines.errors import DataError
 from pipelines.plain import to_dict
 from pipelines.storage import Folder

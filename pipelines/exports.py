@@ -7,7 +7,7 @@ import safetensors.torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from pipelines.checkpoints import Checkpoint
+from pipelines.checkpoint_manifest import Checkpoint
 from pipelines.entries import ABOUT
 from pipelines.errors import DataError
 from pipelines.storage import Folder

@@ -18,7 +18,7 @@ from models.objective import EpsTheta, ObjectiveConfig, Target, as_eps
 from models.samplers import guided
 from models.schedule import Schedule, ScheduleConfig
 from pipelines import checkpoints, exchange, exports, snapshots
-from pipelines.checkpoints import Checkpoint
+from pipelines.checkpoint_manifest import Checkpoint
 from pipelines.errors import ConfigurationError, DataError
 from pipelines.images import View
 from pipelines.plain import from_dict

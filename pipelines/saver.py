@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from pipelines.checkpoints import Checkpoint, Content, content, folder_name, keep_newest, write
+from pipelines.checkpoint_manifest import Checkpoint
+from pipelines.checkpoints import Content, content, folder_name, keep_newest, write
 from pipelines.errors import DataError, TryAgainError
 from pipelines.fit import State
 from pipelines.storage import Folder

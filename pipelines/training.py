@@ -15,7 +15,7 @@ import torch
 
 from models.network import build
 from pipelines import checkpoints, run_folder, snapshots, validation
-from pipelines.checkpoints import Checkpoint
+from pipelines.checkpoint_manifest import Checkpoint
 from pipelines.cluster import cluster
 from pipelines.config import TrainJob
 from pipelines.digits import write_digits

@@ -22,7 +22,7 @@ from models.network import build
 from models.parallelize import construct
 from models.samplers import sample_noise
 from pipelines import checkpoints, metrics
-from pipelines.checkpoints import Checkpoint
+from pipelines.checkpoint_manifest import Checkpoint
 from pipelines.config import TrainJob
 from pipelines.errors import BrickyardError, TryAgainError
 from pipelines.fit import GRID, DivergedError, Listener, State, fit, new_state

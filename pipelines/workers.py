@@ -20,7 +20,7 @@ from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines import checkpoints
-from pipelines.checkpoints import Checkpoint
+from pipelines.checkpoint_manifest import Checkpoint
 from pipelines.cluster import check_node_labels
 from pipelines.config import TrainJob
 from pipelines.environment import environment

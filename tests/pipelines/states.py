@@ -16,7 +16,7 @@ from models.schedule import Schedule, article
 from models.timesteps import TimestepConfig
 from models.unet import UNet, UNetConfig
 from pipelines import checkpoints
-from pipelines.checkpoints import Checkpoint
+from pipelines.checkpoint_manifest import Checkpoint
 from pipelines.fit import Listener, State, new_state
 from pipelines.fit_config import FitConfig
 from pipelines.plan import Plan

@@ -92,6 +92,20 @@ def test_what_is_damaged_is_passed_over_and_said(
     assert said in caplog.text and at.name in caplog.text
 
 
+def test_one_of_another_format_is_not_passed_over(run: tuple[Folder, State]) -> None:
+    """It is whole, and the first commit after an older one would sweep it."""
+    at = run[0] / checkpoints.folder_name(384)
+    told = json.loads(at.get(checkpoints.MANIFEST))
+    assert told["format"] == 1
+    at.put(checkpoints.MANIFEST, json.dumps(told | {"format": 2, "git_revision": "abc"}).encode())
+    for find in (checkpoints.newest, checkpoints.choose):
+        with pytest.raises(ConfigurationError, match=r"has format 2, .* knows 1: go on with .* revision abc"):
+            find(run[0])
+    del told["format"]  # as before there was one
+    at.put(checkpoints.MANIFEST, json.dumps(told).encode())
+    assert checkpoints.choose(run[0]) == 384
+
+
 @pytest.mark.parametrize(
     ("harm", "position"),
     [

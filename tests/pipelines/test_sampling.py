@@ -17,7 +17,7 @@ from models.network import NetworkConfig
 from models.schedule import article
 from models.unet import UNet
 from pipelines import checkpoints
-from pipelines.checkpoints import Checkpoint
+from pipelines.checkpoint_manifest import Checkpoint
 from pipelines.digits import write_digits
 from pipelines.draw_config import DrawConfig
 from pipelines.draw_shard import DrawShard

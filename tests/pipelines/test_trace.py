@@ -21,7 +21,7 @@ from models.schedule import article
 from models.unet import UNet
 from pipelines import checkpoints
 from pipelines import trace as trace_module
-from pipelines.checkpoints import Checkpoint
+from pipelines.checkpoint_manifest import Checkpoint
 from pipelines.digits import write_digits
 from pipelines.draw_config import DrawConfig
 from pipelines.errors import ConfigurationError

@@ -21,7 +21,7 @@ from models.noise import normal
 from models.schedule import article
 from models.unet import UNet
 from pipelines import checkpoints, exports, trace_checks
-from pipelines.checkpoints import Checkpoint
+from pipelines.checkpoint_manifest import Checkpoint
 from pipelines.draw_config import DrawConfig
 from pipelines.draw_shard import DrawShard
 from pipelines.errors import ConfigurationError, DamagedError, DataError
