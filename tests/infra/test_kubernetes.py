@@ -181,7 +181,7 @@ def test_the_recipe_copies_through_a_door_that_is_open_and_closes_it(tmp_path: P
     (recipe,) = re.findall(r"^    (kubectl .*rollout (?:.|\n)+?)^    kubectl apply", README, re.MULTILINE)
     port = free_ports(1)
     shell = f"""git() {{ :; }}; P=
-    kubectl() {{ [ "$3" != port-forward ] || {{ sleep 1; exec {sys.executable} -m http.server -b 127.0.0.1 {port}; }}; }}
+    kubectl() {{ if [ "$3" = port-forward ]; then sleep 1; exec {sys.executable} -m http.server -b 127.0.0.1 {port}; fi; }}
     aws() {{ curl -sSf -o /dev/null "$2"; }}
     """
     process = subprocess.Popen(
