@@ -180,8 +180,9 @@ def test_the_recipe_copies_through_a_door_that_is_open_and_closes_it(tmp_path: P
     """As the README has it, with a forwarding that listens a moment late, and a copy that tries once."""
     (recipe,) = re.findall(r"^    (kubectl .*rollout (?:.|\n)+?)^    kubectl apply", README, re.MULTILINE)
     port = free_ports(1)
+    late = f"sleep 1; exec {sys.executable} -m http.server -b 127.0.0.1 {port}"
     shell = f"""git() {{ :; }}; P=
-    kubectl() {{ if [ "$3" = port-forward ]; then sleep 1; exec {sys.executable} -m http.server -b 127.0.0.1 {port}; fi; }}
+    kubectl() {{ if [ "$3" = port-forward ]; then {late}; fi; }}
     aws() {{ curl -sSf -o /dev/null "$2"; }}
     """
     process = subprocess.Popen(
