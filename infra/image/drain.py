@@ -2,7 +2,7 @@
 """Tell Ray that this node will be taken away, so that training writes a checkpoint and goes on without it.
 
 ``brickyard-drain --seconds 90`` tells it now, and stays until those have passed or Ray has left: Kubernetes runs it
-before it ends a pod. Where no cluster answers within 30 s, its head may have gone first: SIGALRM ends it.
+before it ends a pod. Where no cluster says within 30 s where it is, its head may have gone first: SIGALRM ends this.
 ``brickyard-drain --watch`` runs beside a node on AWS and waits until the metadata of the instance (IMDSv2) have a
 notice that this spot instance is interrupted, two minutes ahead; with ``--rebalance 600`` also for the recommendation
 to leave, which may come earlier or without an interruption, and drains with so many seconds.
@@ -15,6 +15,7 @@ import contextlib
 import http.client
 import json
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -30,7 +31,7 @@ IMDS = "http://169.254.169.254"
 NOTICE, ADVICE = "spot/instance-action", "events/recommendations/rebalance"
 SHORTEST_S, TOKEN_S, PATIENCE_S = 1, 21_600, 30
 """The least that a node is given; for how long a token of the metadata service is asked for; and how long a cluster may
-take to answer before a pod ends."""
+take to say where it is before a pod ends."""
 
 log = logging.getLogger("brickyard.drain")
 
@@ -94,13 +95,17 @@ def this_node() -> tuple[str, str]:
         ray.shutdown()
 
 
-def drain(address: str, node: str, seconds: int, why: str) -> bool:
-    """Ask the cluster to drain the node; return whether it will."""
+def drain(address: str, node: str, seconds: int, why: str, patience_s: int) -> bool:
+    """Ask the cluster to drain the node; return whether it said in time that it will."""
     log.warning("draining %s for %d s: %s", node, seconds, why)
     command = ["ray", "drain-node", f"--address={address}", f"--node-id={node}"]
     command += ["--reason=DRAIN_NODE_REASON_PREEMPTION", f"--reason-message={why}"]
+    command += [f"--deadline-remaining-seconds={seconds}"]
     try:
-        return subprocess.run([*command, f"--deadline-remaining-seconds={seconds}"], check=False).returncode == 0
+        return subprocess.run(command, check=False, timeout=patience_s).returncode == 0
+    except subprocess.TimeoutExpired:
+        log.warning("no answer to that in %d s", patience_s)
+        return False
     except OSError as error:
         log.warning("the command `ray` cannot be run: %s", error)
         return False
@@ -135,12 +140,16 @@ def main() -> int:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
 
     def drain_in(seconds: int, why: str) -> bool:
+        end = time.monotonic() + seconds
         try:
             address, node = (said.address, said.node_id) if said.address and said.node_id else this_node()
         except Exception as error:  # Ray's own errors have no kind in common, and a busy cluster is to be asked again
             log.warning("no node of a cluster answers here: %r", error)
             return False
-        return drain(said.address or address, said.node_id or node, seconds, why)
+        signal.alarm(0)  # the cluster is there, and may be slow
+        left = max(SHORTEST_S, math.ceil(end - time.monotonic()))
+        patience = max(left, PATIENCE_S) if said.watch else left
+        return drain(said.address or address, said.node_id or node, left, why, patience)
 
     if said.watch:
         metadata = Metadata(os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or IMDS)
@@ -148,10 +157,11 @@ def main() -> int:
         return 0
     end = time.monotonic() + said.seconds
     # For a quarter of an hour Ray looks for a head that has gone, in C++: only a signal that nobody handles ends it.
-    signal.alarm(max(1, min(said.seconds, PATIENCE_S)))
+    patience = max(1, min(said.seconds, PATIENCE_S))
+    log.warning("looking for this node's cluster; if it does not answer, SIGALRM ends this in %d s", patience)
+    signal.alarm(patience)
     if not drain_in(said.seconds, f"this node ends in {said.seconds} s"):
         return 1
-    signal.alarm(0)
     while raylet_runs() and time.monotonic() < end:
         time.sleep(1)
     return 0

@@ -15,7 +15,7 @@ import pytest
 from botocore.model import Shape
 from botocore.validate import ParamValidator
 from ray._private.label_utils import validate_node_label_syntax, validate_node_labels
-from ray.autoscaler._private.aws.config import _upsert_security_group_rules
+from ray.autoscaler._private.aws.config import _configure_security_group
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start
 
@@ -64,7 +64,7 @@ def test_ray_up_takes_the_cluster() -> None:
     [
         ("max_worker", 3),
         ("docker.imag", "x"),
-        ("provider.security_group.GroupNam", "x"),
+        ("auth.ssh_use", "x"),
         ("available_node_types.data.min_worker", 0),
         ("available_node_types.data.min_workers", "none"),
         ("available_node_types.gpu-spot.docker.image", "x"),
@@ -82,28 +82,11 @@ def test_a_typo_in_the_cluster_is_caught(place: str, value: Any) -> None:
         validate_config(prepare_config(config))
 
 
-class Group:
-    """A security group, as Ray asks EC2 for it and changes it."""
-
-    def __init__(self, rules: list[dict[str, Any]]) -> None:
-        self.id, self.ip_permissions = "sg-1", rules
-
-    def authorize_ingress(self, *, IpPermissions: list[dict[str, Any]]) -> None:
-        self.ip_permissions = self.ip_permissions + IpPermissions
-
-
-def test_ray_opens_ssh_to_all_unless_the_group_has_rules() -> None:
-    """Which is why the group is to be made before; rules of the file's own would not close it."""
-    anybody = {"FromPort": 22, "ToPort": 22, "IpProtocol": "tcp", "IpRanges": [{"CidrIp": "0.0.0.0/0"}]}
-    ours = anybody | {"IpRanges": [{"CidrIp": "203.0.113.0/24"}]}
-    config = copy.deepcopy(CLUSTER)
-    config["provider"]["security_group"]["IpPermissions"] = [ours]
-    validate_config(prepare_config(copy.deepcopy(config)))
-    new, made_before = Group([]), Group([ours])
-    for group in (new, made_before):
-        _upsert_security_group_rules(config, {"head": group})
-    assert anybody in new.ip_permissions and ours in new.ip_permissions
-    assert made_before.ip_permissions == [ours]
+def test_ray_makes_no_security_group() -> None:
+    """It makes one for nodes that name none, and opens SSH to it from everywhere. Here it has nothing to ask EC2."""
+    groups = [said["node_config"]["SecurityGroupIds"] for said in TYPES.values()]
+    assert all(group == groups[0] and len(group) == 1 for group in groups), "else they do not reach each other"
+    assert _configure_security_group(copy.deepcopy(CLUSTER)) == CLUSTER
 
 
 @pytest.mark.parametrize("name", TYPES)

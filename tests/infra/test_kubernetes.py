@@ -2,8 +2,11 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from functools import cache
 from ipaddress import ip_address, ip_network
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +17,12 @@ from ray.scripts.scripts import start
 from jobs.cli import parse
 from jobs.presets import PRESETS
 from pipelines.config import TrainJob
+from tests.conftest import free_ports
 from tests.infra.kuberay import check
 from tests.infra.tools import INFRA, KUBERNETES, OVERLAYS, find, mappings, overlay, pods, run
+from tests.processes import kill
 
+README = (INFRA / "README.md").read_text()
 TRAINING = [name for name in OVERLAYS if name.endswith("-train")]
 ALONE = KUBERNETES / "sample-raycronjob.yaml"
 FREE = {"labels", "data", "matchLabels", "selector", "annotations", "nodeSelector", "clusterSelector"}
@@ -144,7 +150,7 @@ def test_training_is_tried_again_on_a_cluster_like_the_other(name: str) -> None:
     job, cluster = find(overlay(name), "RayJob", "brickyard-train")["spec"], find(overlay(name), "RayCluster")["spec"]
     assert job["rayClusterSpec"] == cluster
     assert job["backoffLimit"] > 0 and "clusterSelector" not in job and job["shutdownAfterJobFinishes"]
-    (stays,) = re.findall(r"`ttlSecondsAfterFinished: (\d+)`", (INFRA / "README.md").read_text())
+    (stays,) = re.findall(r"`ttlSecondsAfterFinished: (\d+)`", README)
     assert job["ttlSecondsAfterFinished"] == int(stays), "as long as its last word needs, and no longer: GPUs cost"
     words = shlex.split(job["entrypoint"])
     assert words[:2] == ["python", "jobs/train.py"]
@@ -158,7 +164,7 @@ def test_training_is_tried_again_on_a_cluster_like_the_other(name: str) -> None:
 
 def test_the_recipe_brings_what_the_pods_on_a_laptop_need() -> None:
     """No registry has these images, and nobody else fills that bucket: both are said before the job is begun."""
-    recipe = (INFRA / "README.md").read_text().split("## On Kubernetes")[1].split("overlays/laptop-train ")[0]
+    recipe = README.split("## On Kubernetes")[1].split("overlays/laptop-train ")[0]
     resources = overlay("laptop-train")
     images = {one["image"] for _, pod in pods(resources) for one in pod["containers"]}
     ours = {image for image in images if image.endswith(":local")}
@@ -168,6 +174,25 @@ def test_the_recipe_brings_what_the_pods_on_a_laptop_need() -> None:
     assert f"port-forward service/s3 {port['port']} &" in recipe and f"http://127.0.0.1:{port['port']}" in recipe
     runtime = yaml.safe_load(find(resources, "RayJob", "brickyard-train")["spec"]["runtimeEnvYAML"])
     assert f"s3 cp brickyard.zip {runtime['working_dir']}" in recipe
+
+
+def test_the_recipe_copies_through_a_door_that_is_open_and_closes_it(tmp_path: Path) -> None:
+    """As the README has it, with a forwarding that listens a moment late, and a copy that tries once."""
+    (recipe,) = re.findall(r"^    (kubectl .*rollout (?:.|\n)+?)^    kubectl apply", README, re.MULTILINE)
+    port = free_ports(1)
+    late = f"sleep 1; exec {sys.executable} -m http.server -b 127.0.0.1 {port}"
+    shell = f"""git() {{ :; }}; P=
+    kubectl() {{ if [ "$3" = port-forward ]; then {late}; fi; }}
+    aws() {{ curl -sSf -o /dev/null "$2"; }}
+    """
+    process = subprocess.Popen(
+        ["/bin/bash", "-e", "-c", shell + recipe.replace(":8333", f":{port}") + "\nwait"],
+        cwd=tmp_path, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        assert process.wait(timeout=60) == 0
+    finally:
+        kill(process)
 
 
 # Who may speak to whom, by the rules of NetworkPolicy: what policies select may do what one of them allows, no more.
