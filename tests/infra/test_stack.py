@@ -290,6 +290,7 @@ def test_it_ends_without_a_trace(stack: Stack, tmp_path: Path) -> None:
     assert stack.processes(), "a check that finds nothing while it runs would find nothing afterwards either"
     assert stack.run("down").returncode == 0
     assert not stack.processes() and not servers(stack)
+    assert not [*stack.data.glob("run"), *stack.data.glob("*/run")], "nor of where sockets were, for another to take"
     assert (stack.data / "s3").exists() and stack.run("stack.sh", "status").returncode == 1
     assert stack.run("stack.sh", "wipe").returncode == 0
     assert not stack.data.exists()
