@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# A real S3 server on loopback, for tests and for trying things: s3.sh {up|stop|status|env|wipe} [DATA] [PORT]
+# A real S3 server on loopback, for tests and for trying things: s3.sh {check|up|stop|status|env|wipe} [DATA] [PORT]
 #
+#   check   say if a program is missing that `up` needs, or a port is another's; exit 1 then
 #   up      start it, at the first call after fetching it (156 MB; half a minute), and print its environment
 #   stop    stop it; what it holds stays in DATA
 #   status  say whether it answers a signed request; exit 1 if not
@@ -17,16 +18,14 @@
 set -euo pipefail
 
 CACHE=${XDG_CACHE_HOME:-$HOME/.cache}/brickyard
-COMMAND=${1:-} DATA=$(realpath -m "${2:-$CACHE/s3}") PORT=${3:-9000}
+COMMAND=${1:-} DATA=$(realpath -m "${2:-$CACHE/s3}") PORT=${3:-9000} OURS=fsid
+# shellcheck source=common.sh
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 PREFIX=$CACHE/ceph LIB=$CACHE/ceph/usr/lib/x86_64-linux-gnu
-CONF=$DATA/ceph.conf LOG=$DATA/log
-# For sockets, whose names have at most 107 bytes; where it was at the first start, whatever TMPDIR says later.
-RUN=$(cat "$DATA/run" 2>/dev/null || echo "${TMPDIR:-/tmp}/brickyard-s3.$(id -u).$PORT")
+CONF=$DATA/ceph.conf
 ACCESS_KEY=${S3_ACCESS_KEY:-brickyard} SECRET_KEY=${S3_SECRET_KEY:-brickyard-secret} REGION=us-east-1
 export CEPH_ARGS="" CEPH_CONF=$CONF PYTHONDONTWRITEBYTECODE=1
 unset LD_PRELOAD LD_LIBRARY_PATH PYTHONPATH PYTHONHOME
-
-fail() { echo "s3.sh: $*" >&2; exit 1; }
 
 # --- the programs -----------------------------------------------------------------------------------------------------
 
@@ -38,7 +37,7 @@ ceph() { PYTHONHOME=$PREFIX/usr run python3 "$PREFIX/usr/bin/ceph" --conf "$CONF
 
 unpack() { # SUITE: its packages into the prefix
     rm -rf "$PREFIX"
-    DEBIAN_ARCH=amd64 "$(dirname "${BASH_SOURCE[0]}")/debian.sh" whole "$1" "$PREFIX" radosgw ceph-mon ceph-osd \
+    DEBIAN_ARCH=amd64 "$HERE/debian.sh" whole "$1" "$PREFIX" radosgw ceph-mon ceph-osd \
         ceph-common || return 1
     rm -rf "${PREFIX:?}"/{etc,var} "${PREFIX:?}"/usr/{share,libexec,sbin,include,games} "$PREFIX/usr/lib/systemd"
     run radosgw --version >"$PREFIX/version" || return 1
@@ -60,11 +59,9 @@ fetch() {
 # --- the cluster ------------------------------------------------------------------------------------------------------
 
 configure() {
-    (umask 077; mkdir -p "$RUN")
-    [ -O "$RUN" ] && [ ! -L "$RUN" ] || fail "$RUN is another's: give another TMPDIR"
+    [ -s "$DATA/fsid" ] || cat /proc/sys/kernel/random/uuid >"$DATA/fsid" # the first thing there: it says whose it is
+    settle "s3.$(id -u).$PORT"
     mkdir -p "$LOG" "$DATA"/{crash,rgw}
-    echo "$RUN" >"$DATA/run"
-    [ -s "$DATA/fsid" ] || cat /proc/sys/kernel/random/uuid >"$DATA/fsid"
     cat >"$CONF" <<END
 [global]
 fsid = $(cat "$DATA/fsid")
@@ -135,35 +132,15 @@ rgw_gc_processor_max_time = 60
 END
 }
 
-pid_of() { cat "$DATA/$1.pid" 2>/dev/null; }
-
-alive() { # NAME: a process of ours, neither a zombie nor another that got its number
-    local pid; pid=$(pid_of "$1") && tr '\0' ' ' 2>/dev/null <"/proc/$pid/cmdline" | grep -qF -- "--conf $CONF "
-}
-
-spawn() { # NAME PROGRAM ARGUMENTS; 9 is the lock, which must not outlive us
-    local name=$1 program=$2; shift 2
-    alive "$name" && return 0
-    setsid "$LIB/ld-linux-x86-64.so.2" --library-path "$LIB:$LIB/ceph" "$PREFIX/usr/bin/$program" \
-        --conf "$CONF" -f "$@" >>"$LOG/$name.out" 2>&1 </dev/null 9>&- &
-    echo $! >"$DATA/$name.pid"
+serve() { # NAME PROGRAM ARGUMENTS: unless it does
+    alive "$1" || spawn "$1" "$LIB/ld-linux-x86-64.so.2" --library-path "$LIB:$LIB/ceph" "$PREFIX/usr/bin/$2" \
+        --conf "$CONF" -f "${@:3}"
 }
 
 disk_is_up() { ceph --admin-daemon "$RUN/osd.0.asok" status 2>/dev/null | grep -q '"state": "active"'; }
-listens() { curl -s -o /dev/null -m 2 "http://127.0.0.1:$PORT/"; }
 healthy() { # the answer to a signed request, by a gateway that is ours and knows our user
-    alive rgw && curl -fs -o /dev/null -m 3 --aws-sigv4 "aws:amz:$REGION:s3" -u "$ACCESS_KEY:$SECRET_KEY" \
+    alive rgw && ask -m 3 --aws-sigv4 "aws:amz:$REGION:s3" -u "$ACCESS_KEY:$SECRET_KEY" \
         -H "x-amz-content-sha256: $(printf '' | sha256sum | cut -d ' ' -f 1)" "http://127.0.0.1:$PORT/"
-}
-
-await() { # CONDITION NAME: until it holds, while the process lives
-    for _ in $(seq 200); do
-        if "$1"; then return 0; fi
-        alive "$2" || break
-        sleep 0.2
-    done
-    tail -n 15 "$LOG/$2.out" >&2
-    fail "$2 did not come up; see $LOG"
 }
 
 once() { # NAME COMMAND: run it unless it once succeeded here
@@ -188,35 +165,38 @@ make_user() {
         --access-key="$ACCESS_KEY" --secret-key="$SECRET_KEY" --max-buckets=0
 }
 
+find_room() { # for what is not there of ours
+    local setting="PORT (S3_PORT of stack.sh)"
+    [ -n "$(of rgw)" ] || vacant "$setting" "$PORT"
+    [ -n "$(of mon)" ] || vacant "$setting" $((PORT + 1))
+    # shellcheck disable=SC2046  # several
+    [ -n "$(of osd)" ] || vacant "$setting" $(seq $((PORT + 2)) $((PORT + 12)))
+}
+
 up() {
-    alive rgw || ! listens || fail "port $PORT is another's, whose answers would be taken for ours: give another"
+    local name
+    for name in rgw osd mon; do alive "$name" || bury "$name"; done
+    find_room
     configure
     cmp -s "$PREFIX/version" "$DATA/version" || [ ! -e "$DATA/version" ] \
         || fail "$DATA was made by another version of Ceph: wipe it, or give another folder"
     cp "$PREFIX/version" "$DATA/version"
     once monitor make_monitor
-    spawn mon ceph-mon -i a
+    serve mon ceph-mon -i a
     once disk make_disk
-    spawn osd ceph-osd -i 0
-    await disk_is_up osd
-    spawn rgw radosgw -n client.rgw.a
-    await listens rgw
+    serve osd ceph-osd -i 0
+    await osd disk_is_up
+    serve rgw radosgw -n client.rgw.a
+    await rgw listens "$PORT"
     once user make_user
-    await healthy rgw
+    await rgw healthy
 }
 
 stop() {
-    local name pid
-    for name in rgw osd mon; do
-        if alive "$name"; then
-            pid=$(pid_of "$name")
-            # The gateway keeps nothing, and would take half a minute to go.
-            if [ "$name" = rgw ]; then kill -KILL "$pid"; else kill -TERM "$pid"; fi
-            for _ in $(seq 100); do alive "$name" || break; sleep 0.1; done
-            if alive "$name"; then kill -KILL "$pid"; fi
-        fi
-        rm -f "$DATA/$name.pid"
-    done
+    end rgw KILL # it keeps nothing, and would take half a minute to go
+    end osd TERM
+    end mon TERM
+    leave
 }
 
 show() {
@@ -224,31 +204,32 @@ show() {
     printf 'export AWS_ACCESS_KEY_ID=%q AWS_SECRET_ACCESS_KEY=%q\n' "$ACCESS_KEY" "$SECRET_KEY"
 }
 
-alone() { # COMMAND…: while no other works on the same folder
-    (flock 9; "$@") 9>"$DATA/lock"
-}
 wipe() {
     stop
-    rm -rf "$DATA" "$RUN"
+    remove
 }
+need_tools() { need apt-get dpkg curl flock setsid; }
 
 case $COMMAND in
+    check)
+        need_tools
+        find_room
+        ;;
     up)
-        for tool in apt-get dpkg curl flock setsid; do
-            command -v "$tool" >/dev/null || fail "$tool is needed"
-        done
+        need_tools
+        may_have lock
         ulimit -n 65536 2>/dev/null || ulimit -n "$(ulimit -Hn)"
-        mkdir -p "$CACHE" "$DATA"
+        mkdir -p "$CACHE"
         (flock 9; fetch) 9>"$CACHE/ceph.lock"
         alone up
         show
         ;;
-    stop) [ ! -e "$DATA/fsid" ] || alone stop ;;
+    stop) ! ours || alone stop ;;
     status) if healthy; then echo healthy; else echo down; exit 1; fi ;;
     env) show ;;
     wipe)
-        [ ! -e "$DATA" ] || [ -e "$DATA/fsid" ] || fail "$DATA is not one of ours: it stays"
-        [ ! -e "$DATA" ] || alone wipe
+        ours || [ ! -e "$DATA" ] || fail "$DATA is not one of ours: it stays"
+        alone wipe
         ;;
-    *) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"; exit 2 ;;
+    *) usage ;;
 esac
