@@ -247,7 +247,9 @@ class SpooledTracker(Tracker):
             self._append(model)
         patience_s = FILE_PATIENCE_S if self._spool.target.uri.startswith("sqlite:") else SERVER_PATIENCE_S
         size += sum(model.size_bytes for model in self._models)
-        self._delivered = self._delivery.finish(patience_s, LONGEST_S + size / BYTES_PER_S)
+        # Who interrupts a job may end its process soon, and then what is left would stay on a disk that may go too.
+        longest_s = patience_s if status == "KILLED" else LONGEST_S
+        self._delivered = self._delivery.finish(patience_s, longest_s + size / BYTES_PER_S)
         if self._delivered:
             if self._delivery.ended:
                 with suppress(sqlite3.Error):  # another process has its hands on it

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from pipelines import tracking
-from pipelines.entries import Entry
+from pipelines.entries import Entry, Status
 from pipelines.errors import TryAgainError
 from pipelines.mlflow_run import MLflowRun
 from pipelines.replay import ReplayJob, dry_run, replay
@@ -180,18 +180,26 @@ def test_whatever_the_server_does_whenever(
         assert tracker.tracker_id == its_id and tracker.see.endswith(f"/runs/{its_id}?workflowType=machine_learning")
 
 
-@pytest.mark.parametrize(("entry_s", "waits_for_all"), [(5, True), (7, False)])
+@pytest.mark.parametrize(
+    ("status", "entry_s", "waits_s"), [("FINISHED", 5, None), ("FINISHED", 7, 60), ("FAILED", 7, 60), ("KILLED", 5, 8)]
+)
 def test_the_end_waits_for_a_server_that_is_slow_but_no_more_than_a_minute(
-    yard: Yard, entry_s: int, waits_for_all: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    yard: Yard,
+    status: Status,
+    entry_s: int,
+    waits_s: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """By a clock that each entry moves on: ten of them are taken within 50 s, or not within 60."""
+    """By a clock that each entry moves on: ten of them are taken within 50 s, or not within 60; nor, of a job that was
+    interrupted, within 8."""
     clock, take = SimpleNamespace(now=0.0, monotonic=lambda: clock.now), MLflowRun.take
 
     def slowly(recipient: MLflowRun, entries: Sequence[Entry]) -> None:
         assert tracker._delivery._closing.wait(timeout=60)
         take(recipient, entries)
         clock.now += entry_s
-        if clock.now > 60:
+        if waits_s and clock.now > waits_s:
             assert tracker._delivery._left.wait(timeout=60)
 
     monkeypatch.setattr("pipelines.delivery.time", clock)
@@ -201,11 +209,11 @@ def test_the_end_waits_for_a_server_that_is_slow_but_no_more_than_a_minute(
         tracker = yard.start()
         for number in range(7):  # after its beginning and its settings, and before its end
             tracker.file(f"{number}.txt", b"")
-        tracker.finish("FINISHED")
-    assert ("has not taken all" in caplog.text) is not waits_for_all
-    assert (yard.replay() == 0) is waits_for_all
-    assert clock.now == (10 * entry_s if waits_for_all else 63)
-    assert yard.run().info.status == "FINISHED" and len(yard.client.list_artifacts(yard.run().info.run_id)) == 7
+        tracker.finish(status)
+    assert ("has not taken all" in caplog.text) is bool(waits_s)
+    assert bool(yard.replay()) is bool(waits_s)
+    assert clock.now == (10 * entry_s if waits_s is None else entry_s * (waits_s // entry_s + 1))
+    assert yard.run().info.status == status and len(yard.client.list_artifacts(yard.run().info.run_id)) == 7
 
 
 def test_the_next_start_delivers_what_was_left_and_then_its_own(yard: Yard) -> None:
