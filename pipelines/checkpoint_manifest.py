@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from pipelines.errors import ConfigurationError, DamagedError
+from pipelines.errors import DamagedError, OtherFormatError
 
 FORMAT = 1
 """Of the files and of the manifest: to be raised when this code would misunderstand what an older one wrote."""
@@ -50,7 +50,7 @@ def parse(text: bytes, url: str) -> Checkpoint:
 
     Raises:
         DamagedError: if it is none.
-        ConfigurationError: if it has another format. It is whole then, so it must not be passed over, or what comes
+        OtherFormatError: if it has another format. It is whole then, so it must not be passed over, or what comes
             after it would be swept.
     """
     try:
@@ -58,7 +58,7 @@ def parse(text: bytes, url: str) -> Checkpoint:
     except ValueError as error:
         raise DamagedError(f"{url} is not the manifest of a checkpoint: {error}") from error
     if isinstance(told, dict) and (other := told.get("format", 1)) != FORMAT:
-        raise ConfigurationError(
+        raise OtherFormatError(
             f"{url} has format {other}, and this version of the code knows {FORMAT}: go on with the one that wrote it, "
             f"revision {told.get('git_revision', 'unknown')}, or begin another run by another --name"
         )

@@ -157,7 +157,7 @@ def read(folder: Folder) -> Checkpoint:
 
     Raises:
         DataError: if there is none, or it is not one.
-        ConfigurationError: if another version of this code wrote it.
+        OtherFormatError: if another version of this code wrote it.
     """
     return parse(folder.get(MANIFEST), f"{folder.url}/{MANIFEST}")
 

@@ -25,6 +25,10 @@ class ConfigurationError(BrickyardError, ValueError):
     """What was asked for cannot be: exit 2. The message names the field, the value, the rule and the way out."""
 
 
+class OtherFormatError(ConfigurationError):
+    """Something is whole, and of a format that this version of the code does not know."""
+
+
 class DataError(BrickyardError):
     """Data or storage cannot be used as they are: exit 3."""
 

@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 
 from pipelines.entries import ABOUT, without_password
-from pipelines.errors import BrickyardError, ConfigurationError, DataError, TryAgainError
+from pipelines.errors import BrickyardError, ConfigurationError, DataError, OtherFormatError, TryAgainError
 from pipelines.lineage import Trained
 from pipelines.mlflow_door import be_brief
 from pipelines.storage import Folder
@@ -87,6 +87,6 @@ def _still_there(checkpoint: str, digest: str) -> Trained | None:
     """Return a checkpoint if it still is where it was, and what it was."""
     try:
         trained = Trained.find(checkpoint) if checkpoint else None
-    except DataError:
+    except (DataError, OtherFormatError):
         return None
     return trained if trained and trained.digest == digest else None

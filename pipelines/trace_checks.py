@@ -12,7 +12,7 @@ import numpy as np
 from pipelines.draw_config import DrawConfig
 from pipelines.draw_shard import DrawShard
 from pipelines.entries import without_password
-from pipelines.errors import ConfigurationError, DamagedError, DataError
+from pipelines.errors import ConfigurationError, DamagedError, DataError, OtherFormatError
 from pipelines.images import Pixels
 from pipelines.lineage import Trained
 from pipelines.manifest import Manifest
@@ -104,7 +104,8 @@ def _look(url: str, digest: Any, find: Callable[[str], tuple[str, list[str], Tra
         found, labels, trained = find(url)
     except (DataError, ValueError) as error:  # a URL may be anything
         is_damaged = isinstance(error, DamagedError) and "does not exist" not in str(error)
-        return Seen(f"{'damaged' if is_damaged else 'gone'}: {error}")
+        word = "not known" if isinstance(error, OtherFormatError) else "damaged" if is_damaged else "gone"
+        return Seen(f"{word}: {error}")
     except Exception as error:
         if is_named:
             raise

@@ -13,6 +13,7 @@ LOG=$DATA/log
 fail() { echo "${0##*/}: $*" >&2; exit 1; }
 usage() { sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"; exit 2; }
 need() { local tool; for tool in "$@"; do command -v "$tool" >/dev/null || fail "$tool is needed"; done; }
+show_no_proxy() { [ -z "${no_proxy:-}" ] || printf 'export no_proxy=%q\n' "$no_proxy"; }
 ask() { curl --noproxy '*' -fs -o /dev/null "$@"; }
 
 # --- the folder -------------------------------------------------------------------------------------------------------
@@ -51,19 +52,21 @@ secret() { # NAME: it, made up at the first time
 }
 
 # Sockets, whose names have at most 107 bytes, lie elsewhere: in RUN, which is where it was whatever TMPDIR says later,
-# and gone when nothing runs, since anybody can make a folder of that name.
+# and gone when nothing runs, since anybody can make a folder of that name. Its file `of` says whose it is: another DATA
+# takes it over when it starts at the port of one that was killed.
 private() { [ -O "$1" ] && [ ! -L "$1" ]; }
 settle() { # NAME
     RUN=$(cat "$DATA/run" 2>/dev/null || true)
     private "$RUN" || RUN=${TMPDIR:-/tmp}/brickyard-$1
     (umask 077; mkdir -p "$RUN") || fail "$RUN cannot be made: give another TMPDIR"
     private "$RUN" || fail "$RUN is another's: give another TMPDIR"
+    echo "$DATA" >"$RUN/of"
     echo "$RUN" >"$DATA/run"
 }
 leave() {
     local run
     run=$(cat "$DATA/run" 2>/dev/null) || return 0
-    if private "$run"; then rm -rf "$run"; fi
+    if private "$run" && [ "$(cat "$run/of" 2>/dev/null)" = "$DATA" ]; then rm -rf "$run"; fi
     rm -f "$DATA/run"
 }
 
@@ -94,15 +97,16 @@ names() { # those of which anything is there
         | while read -r line; do [[ $line != "$start"* ]] || echo "${line#"$start"}"; done | sort -u
 }
 
+# SPT_NOENV: else the names that Ray's agents give themselves are written over their mark.
 spawn() { # NAME COMMAND…: as a process group of its own; 9 is the lock, which must not outlive us
     local name=$1; shift
-    env "$(mark "$name")" setsid "$@" >>"$LOG/$name.out" 2>&1 </dev/null 9>&- &
+    env SPT_NOENV=1 "$(mark "$name")" setsid "$@" >>"$LOG/$name.out" 2>&1 </dev/null 9>&- &
     echo $! >"$DATA/$name.pid"
 }
 
 await() { # NAME CONDITION…: until it holds, while the process lives, which may not have come as far as its mark
-    local name=$1; shift
-    for _ in $(seq 600); do
+    local name=$1 until=$((SECONDS + 300)); shift
+    while ((SECONDS < until)); do
         if "$@"; then return 0; fi
         kill -0 "$(pid_of "$name")" 2>/dev/null || break
         sleep 0.2
@@ -114,11 +118,14 @@ await() { # NAME CONDITION…: until it holds, while the process lives, which ma
 bury() { # NAME…: what is there of it, the hard way
     local name pids
     for name in "$@"; do
-        while pids=$(of "$name") && [ -n "$pids" ]; do
+        for _ in $(seq 300); do
+            pids=$(of "$name")
+            [ -n "$pids" ] || break
             # shellcheck disable=SC2086  # several
             kill -KILL $pids 2>/dev/null || true
             sleep 0.1
         done
+        [ -z "$pids" ] || fail "$name cannot be ended: $pids"
         rm -f "$DATA/$name.pid"
     done
 }

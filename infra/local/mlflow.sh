@@ -83,7 +83,12 @@ up() {
         touch "$DATA/postgres.done"
     fi
     if ! alive postgres; then
-        rm -f "$DATA/postgres/postmaster.pid" # of one that was killed
+        # Of one that was killed. Its parts bear no mark, since they write their names over it; they leave by themselves.
+        for _ in $(seq 100); do
+            [ -n "$(find /proc/[0-9]*/cwd -lname "$DATA/postgres" 2>/dev/null)" ] || break
+            sleep 0.1
+        done
+        rm -f "$DATA/postgres/postmaster.pid"
         # shellcheck disable=SC2046  # as_nobody's unshare becomes postgres: one process, one number
         spawn postgres $([ "$(id -u)" != 0 ] || echo unshare --user --map-user=1000 --map-group=1000) \
             "$POSTGRES/postgres" -D "$DATA/postgres" -p $((PORT + 1)) -c listen_addresses=127.0.0.1 \
@@ -126,6 +131,7 @@ stop() {
 }
 
 show() {
+    show_no_proxy
     echo "export MLFLOW_TRACKING_URI=http://127.0.0.1:$PORT"
     printf 'export MLFLOW_TRACKING_USERNAME=%q MLFLOW_TRACKING_PASSWORD=%q\n' "$ADMIN" "$PASSWORD"
 }

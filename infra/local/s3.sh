@@ -200,6 +200,7 @@ stop() {
 }
 
 show() {
+    show_no_proxy
     echo "export AWS_ENDPOINT_URL=http://127.0.0.1:$PORT AWS_REGION=$REGION AWS_DEFAULT_REGION=$REGION"
     printf 'export AWS_ACCESS_KEY_ID=%q AWS_SECRET_ACCESS_KEY=%q\n' "$ACCESS_KEY" "$SECRET_KEY"
 }

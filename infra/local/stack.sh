@@ -123,6 +123,10 @@ up() {
     settle "ray.$(id -u).$PORT"
     MORE_LOGS=$RUN/session_latest/logs
     mkdir -p "$LOG" "$DATA/settings"
+    for name in "${!SETTINGS[@]}"; do # another may have begun while this one waited
+        [ "$(cat "$DATA/settings/$name" 2>/dev/null || echo "${SETTINGS[$name]}")" = "${SETTINGS[$name]}" ] \
+            || fail "$DATA was begun with another $name meanwhile: leave it out, or give another STACK_DATA"
+    done
     for name in "${!SETTINGS[@]}"; do echo "${SETTINGS[$name]}" >"$DATA/settings/$name"; done
     unset "${OTHERS[@]}"
     said=$(storage up) # by itself, since an eval of what has failed is none

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, BytesSto
 
 from models.schedule import article
 from pipelines import checkpoints
-from pipelines.errors import ConfigurationError, DataError, TryAgainError
+from pipelines.errors import ConfigurationError, DataError, OtherFormatError, TryAgainError
 from pipelines.fit import State, fit
 from pipelines.fit_config import FitConfig
 from pipelines.storage import Folder
@@ -99,7 +99,7 @@ def test_one_of_another_format_is_not_passed_over(run: tuple[Folder, State]) -> 
     assert told["format"] == 1
     at.put(checkpoints.MANIFEST, json.dumps(told | {"format": 2, "git_revision": "abc"}).encode())
     for find in (checkpoints.newest, checkpoints.choose):
-        with pytest.raises(ConfigurationError, match=r"has format 2, .* knows 1: go on with .* revision abc"):
+        with pytest.raises(OtherFormatError, match=r"has format 2, .* knows 1: go on with .* revision abc"):
             find(run[0])
     del told["format"]  # as before there was one
     at.put(checkpoints.MANIFEST, json.dumps(told).encode())

@@ -1,5 +1,6 @@
 """Networks by MLflow's addresses, on a real server."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -184,6 +185,18 @@ def test_a_run_without_a_model(client: Any, mlflow_on_sqlite: str, tmp_path: Pat
     other = client.create_run(client.create_experiment("without a model"))
     with pytest.raises(ConfigurationError, match="that run has no model in MLflow"):
         networks.find(f"runs:/{other.info.run_id}", mlflow_on_sqlite, Folder(str(tmp_path)))
+
+
+def test_of_a_checkpoint_of_another_format_mlflows_copy_is_drawn_from(
+    run: Run, mlflow_on_sqlite: str, tmp_path: Path
+) -> None:
+    manifest = run.trained.folder.get("manifest.json")
+    run.trained.folder.put("manifest.json", json.dumps(json.loads(manifest) | {"format": 2}).encode())
+    try:
+        asked = networks.find("models:/net/1", mlflow_on_sqlite, Folder(str(tmp_path)))
+    finally:
+        run.trained.folder.put("manifest.json", manifest)
+    assert same_weights(asked.trained, run.trained)
 
 
 def test_weights_that_are_others_by_now_are_not_taken_for_the_model(

@@ -191,6 +191,9 @@ def test_what_is_gone_or_another_by_now_is_said(drawn: Drawn, tmp_path: Path) ->
     (checkpoint / "manifest.json").write_text(json.dumps(content | {"git_revision": "h"}))
     told = trace(asked)["checked"]
     assert told["checkpoint"].startswith("another: what is at file:///") and told["redraw"].startswith("not drawn: the")
+    (checkpoint / "manifest.json").write_text(json.dumps(content | {"format": 2}))
+    assert trace(asked)["checked"]["checkpoint"].startswith("not known: ")
+    (checkpoint / "manifest.json").write_text(json.dumps(content))
     (checkpoint / "__0_0.distcp").write_bytes(b"")
     assert trace(asked)["checked"]["checkpoint"].startswith("damaged: ")
     shutil.rmtree(copy / "run")
