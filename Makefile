@@ -40,7 +40,7 @@ audit: $(VENV)/.installed-test  ## what is pinned: known vulnerabilities, and wh
 	$(BIN)/python infra/audit.py constraints.txt
 
 ui: $(VENV)/.installed  ## compare runs at http://127.0.0.1:5000, or another PORT
-	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow server --backend-store-uri sqlite:///$(ROOT)/mlflow.db --host 127.0.0.1 --port $(PORT)
+	exec env MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow server --backend-store-uri sqlite:///$(ROOT)/mlflow.db --host 127.0.0.1 --port $(PORT)
 
 up: $(VENV)/.installed-server  ## a cluster on this machine: S3, PostgreSQL, MLflow and three nodes of Ray
 	STACK_BIN=$(abspath $(BIN)) infra/local/up >/dev/null  # which holds secrets

@@ -57,10 +57,8 @@ def kind_of(found: list[Stored], said: Kind | Literal["auto"], url: str) -> Kind
     there = [kind for kind in KINDS if counts[kind] and said in ("auto", kind)]
     if not there:
         suffixes = [suffix for kind in KINDS if said in ("auto", kind) for suffix in KINDS[kind]]
-        raise DataError(
-            f"{url} holds no images: none of its {len(found)} files ends in {', '.join(suffixes)}; check the URL, or "
-            "its rights"
-        )
+        what = f"none of its {len(found)} files ends in {', '.join(suffixes)}" if found else "there is nothing there"
+        raise DataError(f"{url} holds no images: {what}; check the URL, or its rights")
     if len(there) > 1:
         words = " and ".join(f"{counts[kind]} of kind {kind}" for kind in there)
         raise ConfigurationError(
