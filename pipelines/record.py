@@ -163,6 +163,7 @@ class Record:
                 self._tracker.metrics(metrics, position)
             case Picture(position, samples):
                 self._tracker.picture(contact_sheet(x_0_to_pixels(samples).numpy()), "samples", position)
+                log.info("samples at %d images", position)
             case Committed(position, seconds, waited_s, copied_s):
                 log.info("checkpoint at %d images, %.2f s", position, seconds)
                 seen.CHECKPOINT.set(self._name, time.time())

@@ -144,6 +144,23 @@ def test_s3_has_a_folder_for_sockets_while_it_runs(s3_alone: Server, tmp_path: P
     s3_alone.run("status")
 
 
+def test_the_folder_for_sockets_is_of_who_started_last(s3_alone: Server, tmp_path: Path) -> None:
+    (tmp_path / "sockets").mkdir()
+    asked = s3_alone.asked | {"TMPDIR": str(tmp_path / "sockets")}
+    s3_alone.run("up", **asked)
+    for process in s3_alone.processes():
+        os.kill(process, signal.SIGKILL)
+    other = Server("s3.sh", tmp_path / "other", s3_alone.port, asked)
+    try:
+        other.run("up")
+        s3_alone.run("stop")
+        other.run("up")  # it finds its sockets
+        assert len(list((tmp_path / "sockets").iterdir())) == 1
+    finally:
+        other.run("stop")
+    assert not list((tmp_path / "sockets").iterdir())
+
+
 @pytest.mark.parametrize("offset", [0, 1, 5])
 def test_a_silent_port_is_anothers_too(s3_alone: Server, offset: int) -> None:
     with listener(s3_alone.port + offset):
