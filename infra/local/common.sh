@@ -8,12 +8,16 @@
 HERE=$(realpath "$(dirname "${BASH_SOURCE[0]}")")
 LOG=$DATA/log
 # A proxy would be told our secrets, and its answers be taken for ours.
-[ "${no_proxy:-${NO_PROXY:-}}" = '*' ] || export no_proxy="127.0.0.1,${no_proxy:-${NO_PROXY:-}}"
+case ",${no_proxy:=${NO_PROXY:-}}," in
+    *,127.0.0.1,* | ',*,') ;;
+    *) no_proxy=127.0.0.1${no_proxy:+,$no_proxy} ;;
+esac
+export no_proxy
 
 fail() { echo "${0##*/}: $*" >&2; exit 1; }
 usage() { sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"; exit 2; }
 need() { local tool; for tool in "$@"; do command -v "$tool" >/dev/null || fail "$tool is needed"; done; }
-show_no_proxy() { [ -z "${no_proxy:-}" ] || printf 'export no_proxy=%q\n' "$no_proxy"; }
+show_no_proxy() { printf 'export no_proxy=%q\n' "$no_proxy"; }
 ask() { curl --noproxy '*' -fs -o /dev/null "$@"; }
 
 # --- the folder -------------------------------------------------------------------------------------------------------
