@@ -9,7 +9,6 @@ import logging
 import math
 import os
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,10 +47,6 @@ MEASURED_ON = ("reference_digest", "features", "samples_n", "seeds", "draw")
 NOT_THERE = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}
 """What MLflow says of a registered model, or of an alias, that there is not."""
 
-
-recording_model = threading.Event()
-"""Set while a model is recorded, which takes many requests and may be large."""
-
 log = logging.getLogger("brickyard.tracking")
 
 
@@ -77,14 +72,6 @@ def record_data_set(client: MlflowClient, run: Run, data: DataSet) -> None:
 
 def record_model(client: MlflowClient, run: Run, model: Model) -> None:
     """Record a model with its measurements, and register it if it is to be; not if its folder has others by now."""
-    recording_model.set()
-    try:
-        _record_model(client, run, model)
-    finally:
-        recording_model.clear()
-
-
-def _record_model(client: MlflowClient, run: Run, model: Model) -> None:
     folder = Folder(model.folder)
     if any(Path(name).name != name for name in model.files) or not model.digest:  # it comes out of a file
         log.warning("%s is no model of ours, which is not on record", model.files)

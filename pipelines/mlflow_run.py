@@ -20,7 +20,6 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 from PIL import Image
 
-from pipelines import mlflow_models
 from pipelines.entries import (
     Begin,
     DataSet,
@@ -74,6 +73,8 @@ class MLflowRun:
     def __init__(self, target: Target, home: Folder) -> None:
         self.run_id = ""
         """MLflow's, as soon as it is known."""
+        self.recording_model = False
+        """Whether a model is being recorded, which takes many requests and may be large."""
         self._target, self._home = target, home
         self._experiment = ""
         self._parameters: set[str] = set()
@@ -81,11 +82,6 @@ class MLflowRun:
         """The newest value at each position of a metric, as far as they were looked up."""
         self._is_new = False
         self._said: set[str] = set()
-
-    @property
-    def recording_model(self) -> bool:
-        """Whether a model is being recorded."""
-        return mlflow_models.recording_model.is_set()
 
     @property
     def url(self) -> str:
@@ -133,7 +129,11 @@ class MLflowRun:
                 self._send([file], lambda some: self._file(some[0].name, some[0].data), lambda one: one.name, 1)
             case DataSet() | Model() | ModelInput() as one:
                 record = RECORDERS[type(one)]
-                self._send([one], lambda some: record(self._client, self._look(), some[0]), _named, 1)
+                self.recording_model = isinstance(one, Model)
+                try:
+                    self._send([one], lambda some: record(self._client, self._look(), some[0]), _named, 1)
+                finally:
+                    self.recording_model = False
             case End() as end:
                 self._end(end)
 
