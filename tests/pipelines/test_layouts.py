@@ -1,9 +1,8 @@
-"""The same run on any layout. Run as a program, this file is W workers, real processes with gloo between them.
+"""The same run on any layout. Run as a program, this file is one of W workers, real processes with gloo between them.
 
 Every case is a whole run of a few steps: labels that are dropped, t that follows the losses, two power averages.
 """
 
-import multiprocessing
 import subprocess
 import sys
 from dataclasses import replace
@@ -26,6 +25,7 @@ from pipelines.fit_config import FitConfig
 from pipelines.storage import Folder
 from pipelines.world import World
 from tests.pipelines.states import ABOUT, VARIANTS, Ear, Noticed, everything, micro_batches, tiny_state
+from tests.processes import CODE
 
 VARIANT = VARIANTS["loss-aware"]
 FIT = replace(VARIANT.fit, images=256, log_images=64, checkpoint_images=256, grid_images=256)
@@ -173,8 +173,11 @@ def workers(digits: tuple[np.ndarray, np.ndarray], tmp_path_factory: pytest.Temp
     def start(size: int) -> list[Any]:
         folder = tmp_path_factory.mktemp(f"{size}-workers")
         np.save(folder / "pixels.npy", digits[0])
-        command = [sys.executable, "-W", "error", "-m", "tests.pipelines.test_layouts", str(folder), str(size)]
-        subprocess.run(command, check=True, timeout=500)
+        # A worker that dies in a library says where. No forks: what a library's threads hold, a fork may hold for ever.
+        python = [sys.executable, "-W", "error", "-X", "faulthandler"]
+        command = [*python, "-m", "tests.pipelines.test_layouts", str(folder), str(size)]
+        processes = [subprocess.Popen([*command, str(rank)], cwd=CODE) for rank in range(size)]
+        assert [process.wait(timeout=500) for process in processes] == [0] * size
         return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
 
     return start
@@ -250,17 +253,6 @@ def test_one_bad_gradient_stops_all_workers_before_the_optimizer_moves(size: int
     assert skipped == [0, 1, 0, 0]
 
 
-def main(folder: str, size: str) -> int:
-    """Be all of the workers: each a fork of this process, so that what takes longest, the imports, is done once."""
-    torch.set_num_threads(1)
-    forked = multiprocessing.get_context("fork")
-    workers = [forked.Process(target=take_part, args=(Path(folder), int(size), rank)) for rank in range(int(size))]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    return sum(worker.exitcode != 0 for worker in workers)
-
-
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    torch.set_num_threads(1)
+    take_part(Path(sys.argv[1]), *map(int, sys.argv[2:]))
