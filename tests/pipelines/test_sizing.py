@@ -42,9 +42,10 @@ def bytes_of(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], 
     """What the first of W workers holds, real processes with gloo between them."""
     found = {(strategy, 1): held(HOW[strategy]) for strategy in ("ddp", "fsdp")}
     folder = tmp_path_factory.mktemp("workers")
-    command = [sys.executable, "-m", "tests.pipelines.sizing_worker", folder]
-    subprocess.run(command, cwd=CODE, check=True, timeout=300)
     for workers in (2, 4):
+        command = [sys.executable, "-m", "tests.pipelines.sizing_worker", folder, str(workers)]
+        processes = [subprocess.Popen([*command, str(rank)], cwd=CODE) for rank in range(workers)]
+        assert [process.wait(timeout=300) for process in processes] == [0] * workers
         told = json.loads((folder / f"{workers}.json").read_text())
         found |= {(strategy, workers): of for strategy, of in told.items()}
     return found
