@@ -79,7 +79,18 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def mlflow_on_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def patient() -> Iterator[None]:
+    """This process waits longer for a tracker than it does elsewhere: one that is busy is not to be taken for away."""
+    from pipelines import tracking
+
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(tracking, "SERVER_PATIENCE_S", 60.0)
+        context.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+        yield
+
+
+@pytest.fixture(scope="session")
+def mlflow_on_sqlite(tmp_path_factory: pytest.TempPathFactory, patient: None) -> Iterator[str]:
     """The address of an MLflow server on SQLite, without users: several times faster than the one below."""
     folder, port = tmp_path_factory.mktemp("mlflow"), free_ports(1)
     url = f"http://127.0.0.1:{port}"
@@ -95,7 +106,7 @@ def mlflow_on_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         )
     try:
         end = time.monotonic() + 120
-        while not answers(f"{url}/health"):
+        while not answers(f"{url}/api/2.0/mlflow/experiments/search?max_results=1"):  # makes its database
             assert process.poll() is None and time.monotonic() < end, (folder / "log").read_text()[-3000:]
             time.sleep(0.1)
         yield url
@@ -119,7 +130,7 @@ def need_postgres() -> None:
 
 
 @pytest.fixture(scope="session")
-def mlflow_server(tmp_path_factory: pytest.TempPathFactory, s3_server: str) -> Iterator[str]:
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory, s3_server: str, patient: None) -> Iterator[str]:
     """The address of a real MLflow server, on PostgreSQL and S3; the environment of this process has its password."""
     need_postgres()
     script = Path(__file__).parents[1] / "infra" / "local" / "mlflow.sh"

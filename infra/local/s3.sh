@@ -158,7 +158,7 @@ make_monitor() {
 make_disk() {
     local id; id=$(cat /proc/sys/kernel/random/uuid)
     rm -rf "$DATA/osd" && mkdir "$DATA/osd" || return 1
-    ceph --connect-timeout 20 osd new "$id" 0 && run ceph-osd --conf "$CONF" -i 0 --mkfs --osd-uuid "$id"
+    ceph --connect-timeout 120 osd new "$id" 0 && run ceph-osd --conf "$CONF" -i 0 --mkfs --osd-uuid "$id"
 }
 make_user() {
     run radosgw-admin --conf "$CONF" -n client.rgw.a user create --uid=brickyard --display-name=brickyard \

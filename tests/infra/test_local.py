@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -53,6 +54,28 @@ class Server:
                 if str(self.data).encode() in (entry / "environ").read_bytes() or str(self.data) in line:
                     found[int(entry.name)] = line
         return found
+
+    def strike(self) -> None:
+        """Kill them, and wait until they are dead."""
+        struck = list(self.processes())
+        for process in struck:
+            os.kill(process, signal.SIGKILL)
+        for process in struck:
+            until_gone(process)
+
+
+def until_gone(process: int) -> None:
+    """Wait until nothing is left of a process that was killed but a zombie: its threads hold files and ports."""
+
+    def alive() -> bool:
+        first, *others = Path(f"/proc/{process}/task").glob("*/stat")
+        return bool(others) or first.read_text().rpartition(")")[2].split()[0] not in "ZX"
+
+    end = time.monotonic() + 120
+    with suppress(OSError, ValueError):  # it is not there
+        while alive():
+            assert time.monotonic() < end, f"{process} does not die"
+            time.sleep(0.02)
 
 
 def plain() -> dict[str, str]:
@@ -137,8 +160,7 @@ def test_s3_has_a_folder_for_sockets_while_it_runs(s3_alone: Server, tmp_path: P
     folder.symlink_to(tmp_path)  # as anybody can in /tmp
     assert "is another's: give another TMPDIR" in s3_alone.run("up", code=1, TMPDIR=str(here))
     s3_alone.run("up", TMPDIR=str(there))
-    for process in s3_alone.processes():
-        os.kill(process, signal.SIGKILL)
+    s3_alone.strike()
     shutil.rmtree(there)  # as when the machine was started anew, and TMPDIR was the session's
     s3_alone.run("up", TMPDIR=str(tmp_path))
     s3_alone.run("status")
@@ -148,8 +170,7 @@ def test_the_folder_for_sockets_is_of_who_started_last(s3_alone: Server, tmp_pat
     (tmp_path / "sockets").mkdir()
     asked = s3_alone.asked | {"TMPDIR": str(tmp_path / "sockets")}
     s3_alone.run("up", **asked)
-    for process in s3_alone.processes():
-        os.kill(process, signal.SIGKILL)
+    s3_alone.strike()
     other = Server("s3.sh", tmp_path / "other", s3_alone.port, asked)
     try:
         other.run("up")
@@ -183,6 +204,7 @@ def test_what_a_killed_mlflow_leaves_is_ended(mlflow_alone: Server) -> None:
         first = int((mlflow_alone.data / "server.pid").read_text())
         (left,) = [one for one, line in mlflow_alone.processes().items() if "uvicorn" in line and one != first]
         os.kill(first, signal.SIGKILL)
+        until_gone(first)
         return left
 
     with listener() as proxy:

@@ -106,7 +106,7 @@ class Keeper:
 
 
 @pytest.fixture
-def keeper(s3: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Keeper:
+def keeper(s3: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patient: None) -> Keeper:
     need_postgres()
     return Keeper(tmp_path, s3, monkeypatch)
 

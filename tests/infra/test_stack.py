@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import psutil
 import pytest
 import ray
 
+from pipelines.slots import folder_name, slot_id
 from pipelines.storage import Folder
 from tests.conftest import free_ports, need_postgres
 from tests.infra.tools import BIN, INFRA
@@ -172,7 +174,7 @@ def test_a_run_outlives_a_node_and_its_samples_are_made_once(stack: Stack) -> No
         wait_for(lambda: "checkpoint at 2400" in stack.log, train)
         assert all(stack.processes(node, b"RayTrainWorker") for node in (1, 2, 3)), "there is room for one on each"
         assert stack.run("down", "3").returncode == 0
-        assert len(stack.nodes()) == 2
+        wait_for(lambda: len(stack.nodes()) == 2, train)  # the cluster finds out
         wait_for(lambda: "the workers leave at" in stack.log, train)  # by the notice, or for want of room
         assert stack.run("up", "3").returncode == 0
         assert len(stack.nodes()) == 3
@@ -183,19 +185,19 @@ def test_a_run_outlives_a_node_and_its_samples_are_made_once(stack: Stack) -> No
     assert (said["images"], said["exit_code"]) == (14400, 0)
     assert re.search(r"\b2 workers train from (?!0 )", stack.log), "it went on with those that were left"
     # What MLflow has not taken by the end, on a busy machine, waits in the bucket.
-    command = [sys.executable, "jobs/replay.py", "s3://yard/runs/digits"]
+    command = [sys.executable, "jobs/replay.py", "s3://yard/runs/digits", "--patience-s=120"]
     subprocess.run(command, cwd=CODE, env=stack.said, check=True, capture_output=True)
 
-    slot = ["--firing.slot=2026-11-26T00:00Z"]
+    today = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
     for attempt in ("done", "already done"):
-        sample = stack.submit(*SAMPLE, *slot)
+        sample = stack.submit(*SAMPLE, f"--firing.slot={slot_id(today)}")
         try:
             assert sample.wait(timeout=300) == 0, stack.log[-5000:]
         finally:
             kill(sample)
         (state,) = last_word(stack.log)["slots"].values()
         assert state["state"] == attempt
-    names = {name for name in in_bucket(stack, "samples/nightly/2026-11-26T00-00Z") if name.startswith("part-")}
+    names = {name for name in in_bucket(stack, f"samples/nightly/{folder_name(today)}") if name.startswith("part-")}
     assert names == {f"part-{number:06d}.parquet" for number in range(4)}
 
 

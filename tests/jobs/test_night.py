@@ -146,6 +146,8 @@ def test_nights(yard: Yard, fire: Callable[[datetime], subprocess.Popen[str]], t
     assert sorted(said.get(second, "already done") for said in states) == ["already done", "done"], "caught up with"
 
     seeds: set[int] = set()
+    for folder in folders:
+        deliver(folder, yard.server)
     server = client(yard.server)
     found = server.search_runs([server.get_experiment_by_name("brickyard-samples").experiment_id])
     runs = [run for run in found if run.data.tags["brickyard.samples"].startswith(yard.out.url)]

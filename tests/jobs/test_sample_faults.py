@@ -109,10 +109,14 @@ def test_actors_that_are_killed_cost_what_they_had_not_written(
     start: Callable[..., subprocess.Popen[str]], expected: dict[str, bytes], tmp_path: Path
 ) -> None:
     out, job = tmp_path / "out", start(with_words=True)
-    wait_for(lambda: len(written_at(out)) >= 3, job)
+    actors: list[int] = []
+
+    def at_work() -> bool:
+        actors[:] = of_session(os.getsid(0), b"ray::MapWorker")
+        return len(actors) == ACTORS and len(written_at(out)) >= 3
+
+    wait_for(at_work, job)
     before = written_at(out)
-    actors = list(of_session(os.getsid(0), b"ray::MapWorker"))
-    assert len(actors) == ACTORS
     for actor in actors:
         os.kill(actor, signal.SIGKILL)
     finish(job, tmp_path / "log-0")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import pytest
 import ray
 
 from pipelines.storage import Folder
+from tests.conftest import free_ports
 from tests.jobs import recorded
 
 pytestmark = pytest.mark.ray
@@ -28,18 +28,12 @@ SHORT = [
 ]  # fmt: skip
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory, s3_server: str) -> Iterator[dict[str, str]]:
     """A head node with a dashboard on loopback, in the foreground of a process that is ended by its own id; as nodes of
     a cluster do, it has the rights to read a bucket."""
     assert not ray.is_initialized(), "one Ray cluster at a time"
-    port, dashboard, agent = free_port(), free_port(), free_port()
+    port, dashboard, agent = range(first := free_ports(3), first + 3)
     home = tmp_path_factory.mktemp("home")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {

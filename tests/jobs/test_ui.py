@@ -124,7 +124,8 @@ def test_a_sweep_is_a_tree_in_the_order_of_its_scores_with_pictures(
     page.goto("about:blank")
     page.goto(f"/#{runs}?orderByKey=metrics.%60loss%60&orderByAsc=true&{query}")
     rows = page.locator(f"a[href*='{better}'], a[href*='{worse}']")
-    page.locator(f"a[href*='{worse}']").first.wait_for()
+    for each in (better, worse):
+        page.locator(f"a[href*='{each}']").first.wait_for()
     shown = [name for row in rows.all() if (name := row.inner_text()).startswith("rates.")]
     assert shown == ["rates.better", "rates.worse"]
 

@@ -11,6 +11,7 @@ import ray
 from pipelines.draw_shard import DrawShard
 from pipelines.images import Pixels
 from pipelines.parts import DigestPart, WritePart
+from pipelines.storage import Folder
 from pipelines.stream import ReadWindow
 
 
@@ -21,6 +22,16 @@ class WhereItWrites(WritePart):
         told = super().__call__(row)
         self.out.put(f"nodes/write-{told['part']}", ray.get_runtime_context().get_node_id().encode())
         return told
+
+
+class WritesTwo(WritePart):
+    """Writes two parts, whoever is asked for them; at the next it stands still."""
+
+    def __call__(self, row: dict[str, bytes]) -> dict[str, int]:
+        turns = Folder(f"{self.out.url}-turns")
+        if not any(turns.create(turn, b"") for turn in ("first", "second")):
+            time.sleep(600)
+        return super().__call__(row)
 
 
 class WhereItDigests(DigestPart):

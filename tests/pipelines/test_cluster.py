@@ -24,7 +24,7 @@ def work():
         kept = [[] for _ in range(3000)]  # which sets it off, in this thread
 
 with cluster():
-    refs = [ray.put(0) for _ in range(20_000)]
+    refs = [ray.put(0) for _ in range(60_000)]
     threading.Thread(target=work, daemon=True).start()
     time.sleep(0.1)
 assert refs, "there was nothing left to collect"

@@ -58,7 +58,7 @@ def proxy(s3_server: str) -> Iterator[FaultProxy]:
 def start(data: Folder, out: Path, workers: int, at: int, endpoint: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "tests.pipelines.ledger", data.url, str(out), str(workers), str(at)],
-        cwd=CODE, env=without_ray() | {"AWS_ENDPOINT_URL": endpoint, "BRICKYARD_ANSWER_S": "2"}, text=True,
+        cwd=CODE, env=without_ray() | {"AWS_ENDPOINT_URL": endpoint, "BRICKYARD_ANSWER_S": "6"}, text=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
 
@@ -77,7 +77,7 @@ def test_storage_that_fails_and_tasks_that_die_change_nothing(
         Rule("429", method="GET", every=13),
         Rule("reset", method="GET", every=17),
         Rule("truncated", method="GET", every=19),
-        Rule("slow", method="GET", every=101, slow_s=4),
+        Rule("slow", method="GET", every=101, slow_s=8),
     ]
     process = start(data, tmp_path, 3, 0, proxy.url)
     for _ in range(2):

@@ -20,9 +20,10 @@ from pipelines.storage import Folder
 from tests.faults.proxy import FaultProxy, Rule
 from tests.processes import CODE, without_ray
 
-LEASE_S = 6.0
-"""Six times what a holder takes to give a sign of life, on a machine where much else runs."""
-PATIENCE_S = 90.0
+LEASE_S, LONG_S = 6.0, 30.0
+"""Six times what a holder takes to give a sign of life; the longer one where nobody has to be found dead, on a machine
+where much else runs."""
+PATIENCE_S = 300.0
 """For which a process may live that says nothing of what it is asked."""
 
 
@@ -34,8 +35,8 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
 class Worker:
     """A process that wants the lease; its lines as they come."""
 
-    def __init__(self, how: str, folder: Folder) -> None:
-        command = [sys.executable, CODE / "tests/pipelines/lease_worker.py", how, folder.url, str(LEASE_S)]
+    def __init__(self, how: str, folder: Folder, lease_s: float) -> None:
+        command = [sys.executable, CODE / "tests/pipelines/lease_worker.py", how, folder.url, str(lease_s)]
         self.process = subprocess.Popen(
             command, cwd=CODE, env=without_ray() | {"PYTHONPATH": str(CODE)},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -66,9 +67,9 @@ class Worker:
 
 
 @pytest.fixture
-def start(folder: Folder) -> Iterator[Callable[[str], Worker]]:
+def start(folder: Folder) -> Iterator[Callable[..., Worker]]:
     with ExitStack() as stack:
-        yield lambda how: stack.enter_context(Worker(how, folder))
+        yield lambda how, lease_s=LEASE_S: stack.enter_context(Worker(how, folder, lease_s))
 
 
 def commits(folder: Folder) -> list[str]:
@@ -82,23 +83,23 @@ def newest(folder: Folder) -> dict[str, object]:
     return dict(json.loads((folder / "lease").get(name)))
 
 
-def test_eight_starters_at_once_hold_it_one_after_the_other(folder: Folder, start: Callable[[str], Worker]) -> None:
-    workers = [start("count") for _ in range(8)]
+def test_eight_starters_at_once_hold_it_one_after_the_other(folder: Folder, start: Callable[..., Worker]) -> None:
+    workers = [start("count", LONG_S) for _ in range(8)]
     assert sorted(worker.hears() for worker in workers) == [f"holds {number}" for number in range(1, 9)]
     assert [worker.process.wait(60) for worker in workers] == [0] * 8
     assert folder.get("count") == b"8"
     assert newest(folder)["number"] == 8 and newest(folder)["released"], "old numbers are swept"
 
 
-def test_of_eight_that_do_not_wait_one_at_a_time_works(folder: Folder, start: Callable[[str], Worker]) -> None:
-    holder = start("commit")
+def test_of_eight_that_do_not_wait_one_at_a_time_works(folder: Folder, start: Callable[..., Worker]) -> None:
+    holder = start("commit", LONG_S)
     assert holder.hears() == "holds 1"
-    assert [worker.hears() for worker in [start("leave") for _ in range(8)]] == ["held"] * 8
+    assert [worker.hears() for worker in [start("leave", LONG_S) for _ in range(8)]] == ["held"] * 8
     assert not folder.exists("count")
     assert holder.end() == 0
 
 
-def test_after_a_kill_another_takes_over(folder: Folder, start: Callable[[str], Worker]) -> None:
+def test_after_a_kill_another_takes_over(folder: Folder, start: Callable[..., Worker]) -> None:
     first = start("commit")
     assert first.hears() == "holds 1"
     second = start("commit")
@@ -112,16 +113,14 @@ def test_after_a_kill_another_takes_over(folder: Folder, start: Callable[[str], 
     assert commits(folder) == ["1", "2"]
 
 
-def test_one_that_would_leave_finds_out_whether_the_holder_lives(
-    folder: Folder, start: Callable[[str], Worker]
-) -> None:
+def test_one_that_would_leave_finds_out_whether_the_holder_lives(folder: Folder, start: Callable[..., Worker]) -> None:
     first = start("commit")
     assert first.hears() == "holds 1"
     first.process.kill()
     assert start("leave").hears() == "holds 2"
 
 
-def test_one_that_was_stopped_for_too_long_commits_no_more(folder: Folder, start: Callable[[str], Worker]) -> None:
+def test_one_that_was_stopped_for_too_long_commits_no_more(folder: Folder, start: Callable[..., Worker]) -> None:
     """It believes in its lease until it looks: it was asleep when another took it."""
     first = start("commit")
     assert first.hears() == "holds 1"
@@ -142,7 +141,7 @@ def test_one_that_was_stopped_for_too_long_commits_no_more(folder: Folder, start
 
 
 def test_one_that_was_stopped_and_not_missed_does_not_believe_either(
-    folder: Folder, start: Callable[[str], Worker]
+    folder: Folder, start: Callable[..., Worker]
 ) -> None:
     """Somebody may be about to take the lease that it has not renewed, so it does not use it again."""
     worker = start("commit")
