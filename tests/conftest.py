@@ -80,7 +80,8 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def patient() -> Iterator[None]:
-    """This process waits longer for a tracker than it does elsewhere: one that is busy is not to be taken for away."""
+    """From the first server of the session on, this process and its children wait longer for one than jobs do: it may
+    be busy, and is not to be taken for away."""
     from pipelines import tracking
 
     with pytest.MonkeyPatch.context() as context:
@@ -106,7 +107,7 @@ def mlflow_on_sqlite(tmp_path_factory: pytest.TempPathFactory, patient: None) ->
         )
     try:
         end = time.monotonic() + 120
-        while not answers(f"{url}/api/2.0/mlflow/experiments/search?max_results=1"):  # makes its database
+        while not answers(f"{url}/api/2.0/mlflow/experiments/search?max_results=1"):  # it opens its database
             assert process.poll() is None and time.monotonic() < end, (folder / "log").read_text()[-3000:]
             time.sleep(0.1)
         yield url

@@ -4,10 +4,23 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 CODE = Path(__file__).parents[1]
+
+
+def side_by_side(commands: Iterable[Sequence[object]], seconds: float = 600) -> list[int]:
+    """Run commands at once, and return their exit codes; none is left behind, also if one of them stands still."""
+    started = [subprocess.Popen([str(word) for word in command], cwd=CODE) for command in commands]
+    end = time.monotonic() + seconds
+    try:
+        return [process.wait(timeout=max(0, end - time.monotonic())) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
 
 
 def of_this_cluster() -> dict[str, str]:
@@ -27,6 +40,14 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seco
         assert process.poll() is None, process.stderr.read()[-5000:]  # type: ignore[union-attr]
         assert time.monotonic() < end, "the moment to strike never came"
         time.sleep(0.02)
+
+
+def with_word(word: bytes) -> Iterator[int]:
+    """Yield the processes whose command line has a word in it."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if word in (entry / "cmdline").read_bytes():
+                yield int(entry.name)
 
 
 def of_session(session: int, word: bytes = b"") -> Iterator[int]:

@@ -173,7 +173,7 @@ def test_nodes_that_go_and_come(yard: Yard, start: Callable[..., Job], tmp_path:
     seen = 0
 
     def far_enough() -> bool:
-        """And no checkpoint is on its way, which would be lost as well."""
+        """And the checkpoint that was due by then is there: one that is on its way is lost, too."""
         nonlocal seen
         seen = job.seen
         return seen > job.starts[2][1] + 2 * 1280 and job.saved >= seen // 1280 * 1280

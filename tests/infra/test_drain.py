@@ -151,12 +151,12 @@ def test_told_to_it_drains_at_once(refusals: int, ray_that_notes: Path) -> None:
     """As before the end of a pod, which does not wait for longer than was said, nor if the cluster refuses."""
     (ray_that_notes.parent / "refusals").write_text(str(refusals))
     done = subprocess.run(
-        [sys.executable, DRAIN, "--seconds=20", "--address=head:6379", f"--node-id={NODE}"],
+        [sys.executable, DRAIN, "--seconds=8", "--address=head:6379", f"--node-id={NODE}"],
         env={"PATH": str(ray_that_notes)}, check=False, timeout=60, stderr=subprocess.PIPE,
     )  # fmt: skip
     assert done.returncode == refusals
     (command,) = asked(ray_that_notes)
-    assert 0 < int(command[-1].removeprefix(LEFT)) <= 20 and f"--node-id={NODE}" in command
+    assert 0 < int(command[-1].removeprefix(LEFT)) <= 8 and f"--node-id={NODE}" in command
 
 
 def test_seconds_left(imds: Service, drain: Any) -> None:

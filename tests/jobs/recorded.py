@@ -1,5 +1,5 @@
 """Trains as jobs/train.py does, but that each worker writes down what it is handed, and that one of them may die of it,
-when there is a checkpoint in the root, which is beside OUT.
+when there is a checkpoint in the root, the folder that OUT lies in.
 
 python -m tests.jobs.recorded OUT DIE_AT FLAGS... [--then FLAGS...]
 """
@@ -83,8 +83,9 @@ def record(out: str, die_at: int, shard: Any, deal: Deal, rank: int, world: int)
         images = list(zip(batch.position.tolist(), batch.row.tolist(), batch.label.tolist(), sums, strict=True))
         os.write(file, (json.dumps(images) + "\n").encode())  # whole or not at all
         if deal.start == 0 and die_at in batch.position:
-            while not list(Path(out).parent.glob("runs/*/checkpoint-*/manifest.json")):
-                time.sleep(0.05)  # or the next start would be at 0 again, and die again
+            end = time.monotonic() + 120  # without a checkpoint the next start would be at 0 again, and die again
+            while time.monotonic() < end and not list(Path(out).parent.glob("runs/*/checkpoint-*/manifest.json")):
+                time.sleep(0.05)
             os.kill(os.getpid(), signal.SIGKILL)
         yield batch
 

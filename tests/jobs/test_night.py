@@ -147,7 +147,7 @@ def test_nights(yard: Yard, fire: Callable[[datetime], subprocess.Popen[str]], t
 
     seeds: set[int] = set()
     for folder in folders:
-        deliver(folder, yard.server)
+        deliver(folder, yard.server)  # what it was too busy to take
     server = client(yard.server)
     found = server.search_runs([server.get_experiment_by_name("brickyard-samples").experiment_id])
     runs = [run for run in found if run.data.tags["brickyard.samples"].startswith(yard.out.url)]

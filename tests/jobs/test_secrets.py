@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import ray
 
 from jobs import train
-from tests.processes import CODE, without_ray
+from tests.processes import CODE, with_word, without_ray
 
 PASSWORD, KEY, TOKEN = "correct horse/battery", "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY", "FwoGZXIvYXdzEBAaDEXAMPLE"
 SECRETS = (
@@ -178,9 +179,7 @@ def test_whatever_prints_it_and_whatever_goes_wrong(gossip: str) -> None:
 def test_a_run_leaves_no_secret_anywhere(gossip: str, tmp_path: Path) -> None:
     """Nor do the logs of Ray's own processes have one, of which nothing is filtered."""
     assert not ray.is_initialized(), "one Ray cluster at a time"
-    with tempfile.TemporaryDirectory(
-        prefix="secrets-", dir="/tmp", ignore_cleanup_errors=True
-    ) as of_ray:  # a socket's path must be short
+    with tempfile.TemporaryDirectory(prefix="secrets-", dir="/tmp") as of_ray:  # a socket's path must be short
         done = job(
             gossip, "jobs/train.py", "digits", "--root", str(tmp_path), "--tracking.uri", f"http://{gossip}",
             "--fit.images=256", "--fit.checkpoint-images=128", "--fit.log-images=128", "--evaluate-images=0",
@@ -188,6 +187,10 @@ def test_a_run_leaves_no_secret_anywhere(gossip: str, tmp_path: Path) -> None:
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         assert "not you: me:***" in done.stderr and said_by(done)["images"] == 256
+        end = time.monotonic() + 120
+        while any(with_word(of_ray.encode())):  # they may still have something to say
+            assert time.monotonic() < end
+            time.sleep(0.1)
         spools = [path for path in tmp_path.rglob("*.db*") if b"fit.images" in path.read_bytes()]
         assert spools, "what is to be recorded waits"
         logs = [path for path in Path(of_ray).rglob("*") if path.is_file() and path.suffix in (".log", ".err", ".out")]

@@ -33,7 +33,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, s3_server: str) -> Iterato
     """A head node with a dashboard on loopback, in the foreground of a process that is ended by its own id; as nodes of
     a cluster do, it has the rights to read a bucket."""
     assert not ray.is_initialized(), "one Ray cluster at a time"
-    port, dashboard, agent = range(first := free_ports(3), first + 3)
+    port = free_ports(3)
+    dashboard, agent = port + 1, port + 2
     home = tmp_path_factory.mktemp("home")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {

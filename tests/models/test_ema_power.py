@@ -1,6 +1,5 @@
 """Averages that are made afterwards, against the tracked ones; and the averages of a sharded network."""
 
-import subprocess
 import sys
 import weakref
 from itertools import pairwise
@@ -17,10 +16,10 @@ from models.ema import EMA, EMAConfig, coefficients, gamma_of, reconstruct
 from models.noise import normal, words
 from models.objective import reduced_loss
 from models.schedule import article
+from tests.processes import side_by_side
 
 TRACKED = (0.05, 0.10)
 WANTED = (0.04, 0.07, 0.15, 0.20)
-ROOT = Path(__file__).parents[2]
 
 
 def drawn(stream, n, *shape):
@@ -276,8 +275,7 @@ def worker(folder, rank):
 
 def test_the_averages_of_a_sharded_network_are_sharded_and_the_same(tmp_path):
     program = f"from tests.models.{Path(__file__).stem} import worker; worker({str(tmp_path)!r}, "
-    ranks = [subprocess.Popen([sys.executable, "-W", "error", "-c", f"{program}{i})"], cwd=ROOT) for i in range(2)]
-    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+    assert side_by_side([sys.executable, "-W", "error", "-c", f"{program}{rank})"] for rank in range(2)) == [0, 0]
     alone = train_a_little(small_network())
     for rank in range(2):
         together = torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True)

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -21,6 +20,7 @@ from models.init import initialize
 from models.noise import normal
 from models.parallelize import ParallelConfig, accumulating, clip_gradient, construct
 from models.unet import UNet, UNetConfig
+from tests.processes import side_by_side
 
 CPU, SEED, BATCH, STEPS, LONGEST = torch.device("cpu"), 3, 8, 3, 0.1
 # What becomes of a graph needs a C++ compiler, which not every machine has; what becomes a graph does not.
@@ -197,17 +197,13 @@ def take_part(folder, rank, workers):
 @pytest.fixture(scope="module")
 def workers(tmp_path_factory):
     """What each of two and of four real processes has found, with gloo between them: rank by rank, by their number."""
-    started, root = {}, Path(__file__).parents[2]
-    for size in (2, 4):
-        folder = tmp_path_factory.mktemp("workers")
-        command = [sys.executable, "-W", "error", "-m", "tests.models.test_parallelize", str(folder)]
-        processes = [subprocess.Popen([*command, str(rank), str(size)], cwd=root) for rank in range(size)]
-        started[folder] = processes
-    for processes in started.values():
-        assert [process.wait(timeout=600) for process in processes] == [0] * len(processes)
+    folders = {size: tmp_path_factory.mktemp("workers") for size in (2, 4)}
+    command = [sys.executable, "-W", "error", "-m", "tests.models.test_parallelize"]
+    each = [(size, rank) for size in folders for rank in range(size)]
+    assert side_by_side([*command, folders[size], rank, size] for size, rank in each) == [0] * len(each)
     return {
-        len(processes): [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(len(processes))]
-        for folder, processes in started.items()
+        size: [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
+        for size, folder in folders.items()
     }
 
 

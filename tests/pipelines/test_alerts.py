@@ -40,7 +40,7 @@ def test_without_a_webhook_it_is_logged(caplog: pytest.LogCaptureFixture) -> Non
 def test_a_server_that_does_not_take_it(
     answers: list[int], asked: int, taken: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if 0 in answers:  # it never comes
+    if 0 in answers:  # an answer that never comes
         monkeypatch.setattr("pipelines.alerts.PATIENCE_S", 3.0)
     with Webhook() as hook:
         hook.answers = answers

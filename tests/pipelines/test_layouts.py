@@ -3,7 +3,6 @@
 Every case is a whole run of a few steps: labels that are dropped, t that follows the losses, two power averages.
 """
 
-import subprocess
 import sys
 from dataclasses import replace
 from functools import cache
@@ -25,7 +24,7 @@ from pipelines.fit_config import FitConfig
 from pipelines.storage import Folder
 from pipelines.world import World
 from tests.pipelines.states import ABOUT, VARIANTS, Ear, Noticed, everything, micro_batches, tiny_state
-from tests.processes import CODE
+from tests.processes import side_by_side
 
 VARIANT = VARIANTS["loss-aware"]
 FIT = replace(VARIANT.fit, images=256, log_images=64, checkpoint_images=256, grid_images=256)
@@ -175,9 +174,8 @@ def workers(digits: tuple[np.ndarray, np.ndarray], tmp_path_factory: pytest.Temp
         np.save(folder / "pixels.npy", digits[0])
         # A worker that dies in a library says where. No forks: what a library's threads hold, a fork may hold for ever.
         python = [sys.executable, "-W", "error", "-X", "faulthandler"]
-        command = [*python, "-m", "tests.pipelines.test_layouts", str(folder), str(size)]
-        processes = [subprocess.Popen([*command, str(rank)], cwd=CODE) for rank in range(size)]
-        assert [process.wait(timeout=500) for process in processes] == [0] * size
+        command = [*python, "-m", "tests.pipelines.test_layouts", folder, size]
+        assert side_by_side([*command, rank] for rank in range(size)) == [0] * size
         return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
 
     return start

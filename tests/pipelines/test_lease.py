@@ -99,6 +99,18 @@ def test_of_eight_that_do_not_wait_one_at_a_time_works(folder: Folder, start: Ca
     assert holder.end() == 0
 
 
+def test_who_lives_keeps_it_however_long_others_wait(folder: Folder, start: Callable[..., Worker]) -> None:
+    holder = start("commit", 2 * LEASE_S)
+    assert holder.hears() == "holds 1"
+    waits = start("commit", 2 * LEASE_S)
+    time.sleep(3 * LEASE_S)
+    holder.say("go on")
+    assert holder.hears() == "committed"
+    assert holder.end() == 0
+    assert waits.hears() == "holds 2"
+    assert waits.end() == 0
+
+
 def test_after_a_kill_another_takes_over(folder: Folder, start: Callable[..., Worker]) -> None:
     first = start("commit")
     assert first.hears() == "holds 1"

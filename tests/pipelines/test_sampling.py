@@ -16,7 +16,7 @@ from models.init import initialize
 from models.network import NetworkConfig
 from models.schedule import article
 from models.unet import UNet
-from pipelines import checkpoints
+from pipelines import checkpoints, tracking
 from pipelines.checkpoint_manifest import Checkpoint
 from pipelines.digits import write_digits
 from pipelines.draw_config import DrawConfig
@@ -148,7 +148,10 @@ def test_a_shard_that_is_damaged_before_the_end_is_drawn_again(
     assert "part-000001.parquet is damaged" in caplog.text and "does not hold the seeds that it must" in caplog.text
 
 
-def test_a_tracker_that_is_away_costs_the_record_alone_and_that_waits(run: Folder, folder: Folder) -> None:
+def test_a_tracker_that_is_away_costs_the_record_alone_and_that_waits(
+    run: Folder, folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "SERVER_PATIENCE_S", 0.5)
     away = replace(job(run, folder), tracking=TrackingConfig(uri="http://127.0.0.1:9", experiment="samples"))
     assert sample_job(away)["drawn_now"] == 25
     assert verify(folder)["verified"] == 25

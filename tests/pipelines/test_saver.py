@@ -21,7 +21,7 @@ from pipelines.storage import Folder
 from pipelines.world import World
 from tests.faults.proxy import FaultProxy, Rule
 from tests.pipelines.states import ABOUT, flat, fresh, loaded, stepped, tensors
-from tests.processes import CODE, kill, wait_for
+from tests.processes import CODE, kill, side_by_side, wait_for
 
 ALONE = World()
 
@@ -205,9 +205,8 @@ def test_killed_in_the_middle_of_an_upload(s3: Folder, proxy: FaultProxy, caplog
 
 
 def start(folder: Path, scenario: str, size: int, *more: str) -> list[int]:
-    command = [sys.executable, "-W", "error", "-m", "tests.pipelines.saver_worker", str(folder), scenario, str(size)]
-    processes = [subprocess.Popen([*command, str(rank), *more], cwd=CODE) for rank in range(size)]
-    return [process.wait(timeout=300) for process in processes]
+    command = [sys.executable, "-W", "error", "-m", "tests.pipelines.saver_worker", folder, scenario, size]
+    return side_by_side([*command, rank, *more] for rank in range(size))
 
 
 def test_a_checkpoint_of_one_layout_is_that_of_all_others(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """What a dry run reckons is what there is."""
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from pipelines.sizing import measure, memory_per_worker, size
 from pipelines.sizing_config import SizingConfig
 from pipelines.training import identity
 from tests.pipelines.sizing_worker import CLASSES, FIT, HOW, NETWORK, held
-from tests.processes import CODE
+from tests.processes import side_by_side
 
 CPU = torch.device("cpu")
 VIEW = View(side=8, channels=1)
@@ -43,9 +42,8 @@ def bytes_of(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], 
     found = {(strategy, 1): held(HOW[strategy]) for strategy in ("ddp", "fsdp")}
     folder = tmp_path_factory.mktemp("workers")
     for workers in (2, 4):
-        command = [sys.executable, "-m", "tests.pipelines.sizing_worker", folder, str(workers)]
-        processes = [subprocess.Popen([*command, str(rank)], cwd=CODE) for rank in range(workers)]
-        assert [process.wait(timeout=300) for process in processes] == [0] * workers
+        command = [sys.executable, "-m", "tests.pipelines.sizing_worker", folder, workers]
+        assert side_by_side([*command, rank] for rank in range(workers)) == [0] * workers
         told = json.loads((folder / f"{workers}.json").read_text())
         found |= {(strategy, workers): of for strategy, of in told.items()}
     return found

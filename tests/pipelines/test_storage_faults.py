@@ -208,7 +208,7 @@ def test_a_server_that_is_away_is_waited_for(folder: Folder, s3_server: str, mon
     with FaultProxy(s3_server) as gone:
         pass
     monkeypatch.setenv("AWS_ENDPOINT_URL", gone.url)
-    monkeypatch.setenv("BRICKYARD_RETRY_S", "0.3")
+    monkeypatch.setenv("BRICKYARD_RETRY_S", "2")
     before = retries()
     with pytest.raises(TryAgainError, match=r"does not answer as it should \(ClientConnectorError\), also when asked"):
         Folder(folder.url).get("a")
