@@ -3,8 +3,8 @@
 Whoever has such a number says it here, with the run that it is of; Ray's agent on that node serves it. Where Ray does
 not run, nothing happens, and what is said to a metric never fails: nobody trains or draws for the sake of a figure.
 
-A counter is served as long as the node lives; of what a process counts in the seconds before its end Ray may lose a
-part. A gauge Ray serves for 20 s after it was set, so it is set again and again while the job is at work on the run. Of
+A counter is served as long as the node lives; of what a worker counts in the seconds before it is ended a part may be
+lost. A gauge Ray serves for 20 s after it was set, so it is set again and again while the job is at work on the run. Of
 a process that is dead there is no gauge, and rules ask for its last word. That is why times are told as times, from
 which an age can be made afterwards, and why the end of a job has one.
 """
